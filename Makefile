@@ -1,0 +1,73 @@
+# A newcomer needs two: `make run` and `make test`. Bare `make` prints the list.
+
+PYTHON ?= python3
+VENV   ?= .venv
+# What follows the command of a target, e.g. make test ARGS="-k reactions -x"
+ARGS   ?=
+
+BIN := $(VENV)/bin
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+# The stamps remember what was installed: a repeat run installs again only when the lists have changed.
+CREATED := $(VENV)/.created
+RUNTIME := $(VENV)/.installed-runtime
+DEV     := $(VENV)/.installed-dev
+
+$(CREATED):
+	@command -v $(PYTHON) >/dev/null || { echo "'$(PYTHON)' was not found: install Python 3.11 or newer, or name one: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Dialect needs Python 3.11 or newer, and '$(PYTHON)' is $$($(PYTHON) -V 2>&1): name a newer one, e.g. make PYTHON=python3.11" >&2; exit 1; }
+	$(PYTHON) -m venv --clear $(VENV)
+	@touch $@
+
+$(RUNTIME): requirements.txt $(CREATED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+$(DEV): requirements-dev.txt requirements.txt $(CREATED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@ $(RUNTIME)
+
+.PHONY: help run test check lint format venv mysql mysql-stop crash schemathesis bench clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+run: $(RUNTIME) ## install, migrate the database and start the server
+	$(BIN)/python -m app migrate
+	$(BIN)/python -m app $(ARGS)
+
+test: $(DEV) ## run the tests on SQLite, and on MySQL too if DIALECT_TEST_MYSQL_URL is set
+	$(BIN)/python -m pytest -n auto $(ARGS)
+
+check: lint test ## everything a change must pass: lint, then the tests
+
+lint: $(DEV) ## formatting, ruff, mypy and the import contracts
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(DEV) ## format the code and mend what ruff can mend
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+venv: $(DEV) ## make .venv with everything that tests and checks need
+
+mysql: ## start a throwaway MySQL 8+ without Docker and print its URL
+	@scripts/mysql.sh start
+
+mysql-stop: ## stop that MySQL
+	@scripts/mysql.sh stop
+
+crash: $(DEV) ## kill the server at random moments; nothing acknowledged may be lost
+	$(BIN)/python -m pytest -m crash $(ARGS)
+
+schemathesis: $(DEV) ## fuzz the HTTP API from its own OpenAPI document
+	$(BIN)/python -m pytest -m schemathesis $(ARGS)
+
+bench: $(DEV) ## measure throughput and latency
+	$(BIN)/python -m bench $(ARGS)
+
+clean: ## remove .venv and the tools' caches (no data)
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
