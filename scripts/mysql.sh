@@ -73,10 +73,11 @@ owned_by_server() {
 }
 
 server_pid() {
-  local pid
-  pid=$(cat "$outer/mysqld.pid" 2>/dev/null) || return 1
-  # A pid file outlives a crash or a reboot, and its number may by now belong to somebody else.
-  [[ -n $pid && $(ps -p "$pid" -o comm= 2>/dev/null) == *mysqld* ]] || return 1
+  local pid name
+  pid=$(cat "$outer/mysqld.pid" 2>/dev/null) && [[ -n $pid ]] || return 1
+  # A pid file outlives a crash or a reboot, and its number may by now belong to somebody else. A bare Debian has no ps.
+  name=$(cat "/proc/$pid/comm" 2>/dev/null || ps -p "$pid" -o comm= 2>/dev/null) || return 1
+  [[ $name == *mysqld* ]] || return 1
   echo "$pid"
 }
 
@@ -138,6 +139,9 @@ initialise() {
 start() {
   if [[ $kind == chroot && $EUID != 0 ]]; then
     die "no MySQL 8+ 'mysqld' on PATH: install MySQL, or call this as root so that it can be set up in a chroot."
+  fi
+  if [[ $kind == chroot ]] && ! unshare --mount --propagation private true 2>/dev/null; then
+    die "this container may not mount anything: install MySQL 8+ here, or run the container with CAP_SYS_ADMIN."
   fi
   mkdir -p "$dir"
   [[ -O $dir ]] || die "$dir belongs to another user: set DIALECT_MYSQL_DIR to a folder of your own."
