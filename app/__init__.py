@@ -1,0 +1,3 @@
+"""Dialect: a self-hosted messenger server."""
+
+__version__ = "1.0.0"

@@ -1,0 +1,197 @@
+"""Settings, read once from the environment and `.env`. The names in the brief are kept to the letter."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import tempfile
+from functools import lru_cache
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, SecretStr, field_validator, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from app.core.errors import StartupError
+
+PLACEHOLDER_SECRETS = frozenset({"", "your_super_secret_key_here_min_32_chars", "changeme", "secret"})
+MIN_SECRET_BYTES = 32
+"""HS256 needs a key at least as long as its output (RFC 7518 section 3.2)."""
+
+CommaList = Annotated[list[str], NoDecode]
+
+
+class Settings(BaseSettings):
+    """Every knob of the server. A limit of 0 switches that rate limit off."""
+
+    model_config = SettingsConfigDict(env_file=".env", env_file_encoding="utf-8", extra="ignore", frozen=True)
+
+    environment: Literal["development", "production"] = Field(
+        "development", description="`production` refuses a missing or placeholder SECRET_KEY."
+    )
+
+    # Database: MySQL when DB_NAME or DB_HOST or DB_USER is set, otherwise one SQLite file.
+    db_user: str | None = Field(None, description="MySQL user.")
+    db_password: SecretStr = Field(SecretStr(""), description="MySQL password.")
+    db_host: str | None = Field(None, description="MySQL host.")
+    db_port: int = Field(3306, ge=1, le=65535, description="MySQL port.")
+    db_name: str | None = Field(None, description="MySQL database; created when missing.")
+    sqlite_path: Path = Field(Path("dialect.db"), description="The SQLite file, when no DB_* name is set.")
+    db_pool_size: int = Field(10, ge=2, le=500, description="Connections kept to MySQL.")
+    db_timeout_seconds: float = Field(4.0, gt=0, description="A database that is silent for so long is down.")
+
+    # Tokens
+    secret_key: SecretStr = Field(SecretStr(""), description="Signs access tokens; at least 32 bytes.")
+    secret_key_file: Path = Field(
+        Path(".secret_key"), description="Where development keeps its random key when SECRET_KEY is not set."
+    )
+    algorithm: Literal["HS256", "HS384", "HS512"] = Field("HS256", description="HMAC of the access tokens.")
+    access_token_expire_minutes: float = Field(60, gt=0, le=1440, description="Life of an access token.")
+    refresh_token_expire_days: float = Field(30, gt=0, description="An unused session ends after this.")
+    refresh_grace_seconds: float = Field(
+        30, ge=0, description="A refresh whose answer was lost may be repeated for so long."
+    )
+    socket_ticket_seconds: float = Field(30, gt=0, le=300, description="Life of a one-use socket ticket.")
+
+    # Firebase: read by the push service.
+    firebase_credentials_path: Path | None = Field(None, description="Service account of Firebase, for push.")
+
+    # Edge
+    host: str = Field("0.0.0.0", description="Address that `python -m app` listens on.")  # noqa: S104 - a server
+    port: int = Field(8000, ge=0, le=65535, description="Port that `python -m app` listens on.")
+    allowed_origins: CommaList = Field(
+        default_factory=list,
+        description="Browser origins, comma-separated, that may call the API and open sockets. "
+        "Requests without an Origin (phones, servers) and same-host pages are always welcome.",
+    )
+    docs_enabled: bool = Field(True, description="Serve /docs, /redoc and /openapi.json.")
+    hsts_seconds: int = Field(0, ge=0, description="Strict-Transport-Security max-age; 0 sends none.")
+    forwarded_allow_ips: str = Field(
+        "127.0.0.1", description="Proxies whose X-Forwarded-For is believed, comma-separated."
+    )
+    max_body_bytes: int = Field(256 * 1024, ge=1024, description="Largest request body, uploads aside.")
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="Least level logged.")
+    log_format: Literal["json", "console"] = Field("console", description="`json` for machines.")
+    shutdown_seconds: float = Field(8.0, gt=0, le=60, description="Bound of a graceful stop.")
+
+    # Passwords
+    argon2_memory_kib: int = Field(19456, ge=8, description="Argon2id memory (OWASP: 19 MiB, t=2, p=1).")
+    argon2_time_cost: int = Field(2, ge=1, description="Argon2id passes.")
+    argon2_threads: int = Field(2, ge=1, le=64, description="Threads that hash passwords.")
+    argon2_queue: int = Field(64, ge=1, description="Passwords that may wait for a thread; beyond: 503.")
+    password_min_length: int = Field(8, ge=8, le=64, description="Characters.")
+
+    # Accounts
+    phone_validation: Literal["possible", "valid"] = Field(
+        "possible",
+        description="`possible` checks country code and length; `valid` also the ranges known to phonenumbers, "
+        "which refuses ranges newer than the library.",
+    )
+    username_filter_capacity: int = Field(
+        1_000_000, ge=1000, description="Usernames the bloom filter is sized for (1.2 bytes each at 1 % errors)."
+    )
+    max_sessions_per_user: int = Field(50, ge=1, description="Devices; the longest unused makes room.")
+
+    # Chats and messages
+    max_group_members: int = Field(2000, ge=2, description="Members of a group.")
+    max_chats_created_per_day: int = Field(1000, ge=0, description="Chats one account may create in 24 hours.")
+    max_message_chars: int = Field(4096, ge=1, le=16384, description="Characters (code points) of a text message.")
+    receipts_members_max: int = Field(
+        50, ge=2, description="Chats above this size keep read and delivered marks out of the chat log."
+    )
+    resume_max_changes: int = Field(10_000, ge=1, description="A client further behind starts that chat afresh.")
+    page_size_max: int = Field(100, ge=1, le=500, description="Largest page of any list.")
+
+    # Sockets
+    socket_max_frame_bytes: int = Field(64 * 1024, ge=1024, description="Largest frame from a client.")
+    socket_max_unsent_bytes: int = Field(1024 * 1024, ge=64 * 1024, description="A slower reader is closed (4408).")
+    socket_heartbeat_seconds: float = Field(25, gt=0, description="Between heartbeats to a client.")
+    socket_timeout_seconds: float = Field(20, gt=0, description="A peer that leaves a ping unanswered is dead.")
+    max_sockets_per_user: int = Field(10, ge=1, description="Open sockets of one account; the oldest gives way.")
+    max_presence_subscriptions: int = Field(128, ge=0, description="People one socket may watch.")
+
+    # The writer
+    writer_batch_max: int = Field(512, ge=1, description="Changes in one transaction.")
+    writer_queue_max: int = Field(20_000, ge=1, description="Changes waiting; beyond: `overloaded`.")
+    write_timeout_seconds: float = Field(4.5, gt=0, description="A change not committed by then is refused.")
+    sweep_seconds: float = Field(1.5, gt=0, description="Between searches for changes that nobody announced.")
+
+    # Rate limits: `N/period` as the `limits` library reads them; empty switches one off.
+    limit_register_per_ip: str = Field("30/hour", description="Registrations from one address.")
+    limit_login_per_ip: str = Field("60/minute", description="Logins from one address.")
+    limit_login_per_account_and_ip: str = Field("10/minute", description="Logins of one account from one address.")
+    limit_login_failures_per_account: str = Field("100/day", description="Wrong passwords of one account.")
+    limit_refresh_per_ip: str = Field("120/minute", description="Refreshes from one address.")
+    limit_search_per_user: str = Field("60/minute", description="Searches of one account.")
+    limit_username_checks_per_ip: str = Field("100/minute", description="Availability look-ups from one address.")
+    limit_requests_per_user: str = Field("50/second", description="REST requests of one account.")
+    limit_frames_per_second: float = Field(50, ge=0, description="Frames a second from one socket.")
+    limit_frames_burst: int = Field(200, ge=1, description="Frames a socket may send at once.")
+    limit_messages_per_second: float = Field(20, ge=0, description="Messages a second from one account.")
+    limit_messages_burst: int = Field(100, ge=1, description="Messages an account may send at once.")
+
+    @field_validator("allowed_origins", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+    @field_validator("db_user", "db_host", "db_name", "firebase_credentials_path", mode="before")
+    @classmethod
+    def _empty_is_unset(cls, value: object) -> object:
+        return None if value == "" else value
+
+    @model_validator(mode="after")
+    def _secret_key(self) -> Self:
+        secret = self.secret_key.get_secret_value()
+        if secret in PLACEHOLDER_SECRETS:
+            if self.environment == "production":
+                raise StartupError(
+                    "SECRET_KEY is missing or still the placeholder; set it to a random value, for example the "
+                    'output of: python -c "import secrets; print(secrets.token_urlsafe(48))"'
+                )
+            object.__setattr__(self, "secret_key", SecretStr(_development_key(self.secret_key_file)))
+        elif len(secret.encode()) < MIN_SECRET_BYTES:
+            raise StartupError(
+                f"SECRET_KEY has {len(secret.encode())} bytes; it needs at least {MIN_SECRET_BYTES} random ones."
+            )
+        return self
+
+    @property
+    def uses_mysql(self) -> bool:
+        """True when any of the brief's DB_* names asks for MySQL."""
+        return bool(self.db_name or self.db_host or self.db_user)
+
+
+def _development_key(path: Path) -> str:
+    """A random key kept in a file that only its owner reads, so that tokens outlive a restart."""
+    try:
+        if not path.exists():
+            # Written aside and linked into place: a second process starting now must never read half a key.
+            descriptor, aside = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+            with os.fdopen(descriptor, "w", encoding="ascii") as file:
+                file.write(secrets.token_urlsafe(48))
+            with contextlib.suppress(FileExistsError):  # the other process was first; its key is as good
+                os.link(aside, path)
+            os.unlink(aside)
+        key = path.read_text(encoding="ascii").strip()
+    except OSError as error:
+        raise StartupError(f"No SECRET_KEY is set and {path} cannot be used ({error.strerror}).") from error
+    if len(key) < MIN_SECRET_BYTES:
+        raise StartupError(f"{path} holds no usable key; delete it and start again.")
+    return key
+
+
+@lru_cache(maxsize=1)
+def get_settings() -> Settings:
+    """The settings of this process, read once.
+
+    Raises StartupError with a sentence for the operator when they cannot be used.
+    """
+    from pydantic import ValidationError
+
+    try:
+        return Settings()
+    except ValidationError as error:
+        first = error.errors(include_input=False)[0]
+        name = ".".join(str(part) for part in first["loc"]).upper()
+        raise StartupError(f"The setting {name} cannot be used: {first['msg']}.") from error

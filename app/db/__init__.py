@@ -1,0 +1,1 @@
+"""Tables, wire shapes and the only SQL."""

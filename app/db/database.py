@@ -1,0 +1,335 @@
+"""Engines, transactions and the schema's version. The one place that knows SQLite from MySQL connections.
+
+SQLite allows one writer at a time, so all writes share one connection that begins IMMEDIATE; reads have their own.
+MySQL gets three pools: autocommit reads, transactions, and a small one for the chat log's writer, which must not
+queue behind the others and retries by itself instead of paying a ping per batch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import logging
+import re
+import sqlite3
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any, Literal
+
+import pymysql
+from alembic import command
+from alembic.config import Config as AlembicConfig
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy import Connection, create_engine, event, text
+from sqlalchemy.engine import URL
+from sqlalchemy.exc import DBAPIError, IntegrityError, InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
+from sqlalchemy.pool import NullPool
+
+from app.core.config import Settings, get_settings
+from app.core.errors import StartupError, Unavailable
+
+log = logging.getLogger(__name__)
+
+ROOT = Path(__file__).resolve().parents[2]
+MYSQL_SESSION = (
+    "SET SESSION transaction_isolation='READ-COMMITTED', time_zone='+00:00', innodb_lock_wait_timeout=3,"
+    " sql_mode='STRICT_ALL_TABLES,NO_ENGINE_SUBSTITUTION'"
+)
+LOCK_ERRORS = frozenset({1205, 1213, 3572})
+"""MySQL: lock wait timeout, deadlock, NOWAIT refused. The transaction may simply be tried again."""
+
+
+def database_url(settings: Settings, *, driver: Literal["async", "sync"]) -> URL:
+    """Where the data lives; `sync` is for Alembic and the tools."""
+    if not settings.uses_mysql:
+        return URL.create(
+            "sqlite+aiosqlite" if driver == "async" else "sqlite", database=str(settings.sqlite_path.absolute())
+        )
+    return URL.create(
+        "mysql+asyncmy" if driver == "async" else "mysql+pymysql",
+        username=settings.db_user or "root",
+        password=settings.db_password.get_secret_value() or None,
+        host=settings.db_host or "localhost",
+        port=settings.db_port,
+        database=settings.db_name or "dialect_db",
+        query={"charset": "utf8mb4"},
+    )
+
+
+def violated_constraint(error: IntegrityError) -> str:
+    """The name of the unique constraint that an insert or update broke, whichever database says so.
+
+    Returns an empty string for any other violation.
+    """
+    message = str(error.orig)
+    if match := re.search(r"Duplicate entry .* for key '(?:\w+\.)?(\w+)'", message, re.DOTALL):
+        return match.group(1)
+    if match := re.search(r"UNIQUE constraint failed: (.+)", message):
+        columns = [part.strip().split(".") for part in match.group(1).split(",")]
+        return "uq_" + columns[0][0] + "_" + "_".join(column for _, column in columns)
+    return ""
+
+
+class Database:
+    """The server's connections. `start` before use, `close` after."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.is_mysql = settings.uses_mysql
+        self._lock_file: Any = None
+        url = database_url(settings, driver="async")
+        if self.is_mysql:
+            connect = {"connect_timeout": settings.db_timeout_seconds, "init_command": MYSQL_SESSION}
+            pool = {"pool_timeout": settings.db_timeout_seconds, "max_overflow": 0, "pool_recycle": 1800}
+            self.read_engine = create_async_engine(
+                url,
+                connect_args=connect,
+                pool_size=settings.db_pool_size,
+                pool_pre_ping=True,
+                isolation_level="AUTOCOMMIT",
+                skip_autocommit_rollback=True,
+                **pool,
+            )
+            self.write_engine = create_async_engine(
+                url, connect_args=connect, pool_size=settings.db_pool_size, pool_pre_ping=True, **pool
+            )
+            self.log_engine = create_async_engine(url, connect_args=connect, pool_size=2, **pool)
+        else:
+            timeout = settings.db_timeout_seconds
+            self.read_engine = create_async_engine(
+                url, pool_size=4, max_overflow=0, pool_timeout=timeout, connect_args={"timeout": timeout}
+            )
+            self.write_engine = create_async_engine(
+                url, pool_size=1, max_overflow=0, pool_timeout=timeout, connect_args={"timeout": timeout}
+            )
+            self.log_engine = self.write_engine
+            _prepare_sqlite(self.read_engine, begin="BEGIN", read_only=True)
+            _prepare_sqlite(self.write_engine, begin="BEGIN IMMEDIATE", read_only=False)
+
+    async def start(self) -> None:
+        """Take the database into use.
+
+        Raises StartupError when it cannot be reached, is not migrated, does not keep what it commits, or (SQLite)
+        is in use by another server.
+        """
+        if not self.is_mysql:
+            self._lock_sqlite()
+        try:
+            async with self.read_engine.connect() as connection:
+                await connection.run_sync(_check_migrated)
+                if self.is_mysql:
+                    await connection.run_sync(_check_mysql)
+                else:
+                    await connection.run_sync(_check_sqlite)
+        except (OSError, DBAPIError, PoolTimeoutError, TimeoutError) as error:
+            raise StartupError(unreachable(self.settings, error)) from error
+
+    async def close(self) -> None:
+        """Give every connection back."""
+        for engine in {self.read_engine, self.write_engine, self.log_engine}:
+            await engine.dispose()
+        if self._lock_file is not None:
+            self._lock_file.close()
+
+    @contextlib.asynccontextmanager
+    async def reading(self) -> AsyncIterator[AsyncSession]:
+        """A session for reads only; every statement sees what is committed when it runs.
+
+        Raises Unavailable when the database does not answer in time.
+        """
+        async with self._guarded(self.read_engine) as session:
+            yield session
+
+    @contextlib.asynccontextmanager
+    async def writing(self) -> AsyncIterator[AsyncSession]:
+        """One transaction: committed when the block ends, rolled back when it raises.
+
+        Raises Unavailable when the database does not answer in time; whether it committed is then unknown.
+        """
+        async with self._guarded(self.write_engine) as session, session.begin():
+            yield session
+
+    @contextlib.asynccontextmanager
+    async def _guarded(self, engine: AsyncEngine) -> AsyncIterator[AsyncSession]:
+        try:
+            # Twice the database's own patience: a session makes several round trips.
+            async with (
+                asyncio.timeout(self.settings.db_timeout_seconds),
+                AsyncSession(engine, expire_on_commit=False, autoflush=False) as session,
+            ):
+                yield session
+        except (DBAPIError, PoolTimeoutError, TimeoutError, OSError) as error:
+            if isinstance(error, DBAPIError) and not is_transient(error):
+                raise
+            log.warning("database_unavailable", extra={"error": describe(error)})
+            raise unavailable(error) from error
+
+    async def ping(self) -> bool:
+        """Whether the database answers."""
+        try:
+            async with self.reading() as session:
+                await session.execute(text("SELECT 1"))
+        except Unavailable:
+            return False
+        return True
+
+    def _lock_sqlite(self) -> None:
+        path = self.settings.sqlite_path
+        try:
+            # Held for the life of the process and freed by the kernel, even after kill -9.
+            self._lock_file = open(f"{path}.lock", "w")  # noqa: SIM115 - outlives this block
+            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise StartupError(
+                f"Another server is using {path}. SQLite serves one process: stop the other one, "
+                "or set the DB_* names to use MySQL for several workers."
+            ) from error
+        except OSError as error:
+            raise StartupError(f"{path} cannot be written ({error.strerror}).") from error
+
+
+def is_transient(error: DBAPIError) -> bool:
+    """Whether the database, not the statement, is at fault, so that trying again may succeed."""
+    if error.connection_invalidated or isinstance(error, (OperationalError, InterfaceError)):
+        return True
+    return is_lock_conflict(error)
+
+
+def is_lock_conflict(error: BaseException) -> bool:
+    """Whether somebody else held a lock for too long, or a deadlock was broken here."""
+    if not isinstance(error, DBAPIError) or error.orig is None:
+        return False
+    code = error.orig.args[0] if error.orig.args else None
+    return code in LOCK_ERRORS or "database is locked" in str(error.orig)
+
+
+def unavailable(error: BaseException) -> Unavailable:
+    """What a client is told of a database failure."""
+    if is_lock_conflict(error):
+        return Unavailable("busy", "Somebody else is changing the same thing; try again.", retry_after=0.5)
+    return Unavailable("database_unavailable", "The database does not answer; try again.", retry_after=2)
+
+
+def describe(error: BaseException) -> str:
+    """An error in one line, without the statement's parameters: they are people's words."""
+    cause = error.orig if isinstance(error, DBAPIError) and error.orig is not None else error
+    return f"{type(cause).__name__}: {cause}".splitlines()[0][:300]
+
+
+def _prepare_sqlite(engine: AsyncEngine, *, begin: str, read_only: bool) -> None:
+    def on_connect(connection: Any, _record: object) -> None:
+        connection.isolation_level = None  # transactions begin where `begin` below says, not where the driver guesses
+        cursor = connection.cursor()
+        cursor.execute("PRAGMA journal_mode=WAL")
+        cursor.execute("PRAGMA synchronous=FULL")
+        cursor.execute("PRAGMA foreign_keys=ON")
+        if read_only:
+            cursor.execute("PRAGMA query_only=ON")
+        cursor.close()
+
+    def on_begin(connection: Connection) -> None:
+        connection.exec_driver_sql(begin)
+
+    event.listen(engine.sync_engine, "connect", on_connect)
+    event.listen(engine.sync_engine, "begin", on_begin)
+
+
+def _check_migrated(connection: Connection) -> None:
+    script = ScriptDirectory.from_config(alembic_config())
+    current = set(MigrationContext.configure(connection).get_current_heads())
+    if current != set(script.get_heads()):
+        state = "is empty" if not current else "has another version than this server"
+        raise StartupError(f"The database {state}; run: python -m app migrate")
+
+
+def _check_mysql(connection: Connection) -> None:
+    flush, binlog, has_binlog = connection.execute(
+        text("SELECT @@innodb_flush_log_at_trx_commit, @@sync_binlog, @@log_bin")
+    ).one()
+    if int(flush) != 1:
+        raise StartupError(
+            f"MySQL has innodb_flush_log_at_trx_commit={flush}: a power cut would lose acknowledged messages. Set it to 1."
+        )
+    if int(has_binlog) and int(binlog) != 1:
+        log.warning("mysql_sync_binlog_is_not_1", extra={"sync_binlog": binlog})
+
+
+def _check_sqlite(connection: Connection) -> None:
+    synchronous = connection.exec_driver_sql("PRAGMA synchronous").scalar_one()
+    journal = connection.exec_driver_sql("PRAGMA journal_mode").scalar_one()
+    if synchronous < 2 or journal != "wal":
+        raise StartupError("SQLite cannot use WAL with full synchronisation here; is the file on a network disk?")
+
+
+def unreachable(settings: Settings, error: BaseException) -> str:
+    """One sentence about a database that cannot be used."""
+    if settings.uses_mysql:
+        where = f"MySQL at {settings.db_host or 'localhost'}:{settings.db_port}"
+        return f"{where} cannot be used ({describe(error)}); check the DB_* settings and that it is running."
+    return f"The SQLite file {settings.sqlite_path} cannot be used ({describe(error)})."
+
+
+# --- the schema, written by Alembic only ------------------------------------------------------------------------
+
+
+def alembic_config() -> AlembicConfig:
+    """Alembic's configuration, wherever the process was started."""
+    config = AlembicConfig(str(ROOT / "alembic.ini"))
+    config.set_main_option("script_location", str(ROOT / "alembic"))
+    return config
+
+
+def create_all_tables() -> None:
+    """Create the database where it is missing and bring its schema up to date (`alembic upgrade head`).
+
+    The brief's quick start calls this. Exits with one sentence when the database cannot be used.
+    """
+    try:
+        migrate(get_settings())
+    except StartupError as error:
+        raise SystemExit(str(error)) from error
+
+
+def migrate(settings: Settings, revision: str = "head") -> None:
+    """Bring the schema to `revision`. Raises StartupError when the database cannot be used."""
+    url = database_url(settings, driver="sync")
+    try:
+        if settings.uses_mysql:
+            _create_mysql_database(settings, url)
+        engine = create_engine(url, poolclass=NullPool)
+        try:
+            with engine.connect() as connection:
+                config = alembic_config()
+                config.attributes["connection"] = connection
+                if revision == "base" or revision.startswith("-"):
+                    command.downgrade(config, revision)
+                else:
+                    command.upgrade(config, revision)
+                connection.commit()
+        finally:
+            engine.dispose()
+    except (OSError, DBAPIError, pymysql.Error, sqlite3.Error) as error:
+        raise StartupError(unreachable(settings, error)) from error
+
+
+def _create_mysql_database(settings: Settings, url: URL) -> None:
+    connection = pymysql.connect(
+        host=url.host,
+        port=url.port or 3306,
+        user=url.username,
+        password=str(url.password or ""),
+        connect_timeout=int(settings.db_timeout_seconds) + 1,
+    )
+    try:
+        with connection.cursor() as cursor:
+            name = (url.database or "").replace("`", "``")
+            # `IF NOT EXISTS` alone would need the CREATE privilege that a careful host does not give.
+            cursor.execute("SELECT 1 FROM information_schema.schemata WHERE schema_name = %s", (url.database,))
+            if cursor.fetchone() is None:
+                cursor.execute(f"CREATE DATABASE `{name}` CHARACTER SET utf8mb4 COLLATE utf8mb4_bin")
+    finally:
+        connection.close()

@@ -1,0 +1,386 @@
+"""REST bodies, and the objects that REST answers and socket events share.
+
+What comes in is a pydantic model that refuses unknown fields. What goes out is a TypedDict: a plain dict at run
+time, so the hot path serialises it as it is, with the same declaration feeding OpenAPI and AsyncAPI.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from typing import Annotated, Literal
+from uuid import UUID
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic.json_schema import SkipJsonSchema
+from typing_extensions import TypedDict
+
+MAX_ID = 2**53 - 1
+"""JavaScript holds no larger integer exactly (RFC 8259 section 6)."""
+
+Id = Annotated[int, Field(ge=1, le=MAX_ID, examples=[42])]
+Seq = Annotated[int, Field(ge=1, le=MAX_ID, description="Place of a message in its chat: 1, 2, 3, ... without gaps.")]
+Counter = Annotated[int, Field(ge=0, le=MAX_ID)]
+Version = Annotated[int, Field(ge=0, le=MAX_ID, description="Number of a change in a chat's log.")]
+AccountVersion = Annotated[
+    int, Field(ge=0, le=MAX_ID, description="Number of a change among the things only this user sees.")
+]
+Timestamp = Annotated[
+    str, Field(json_schema_extra={"format": "date-time"}, description="RFC 3339, UTC.", examples=["2026-01-31T12:00:00.000Z"])
+]
+ClientId = Annotated[
+    UUID,
+    Field(
+        strict=False,
+        description="A UUID the client gives this send. A retry with the same one, at any time and over any door, "
+        "gets the first answer and stores nothing.",
+    ),
+]
+
+ChatType = Literal["personal", "group", "saved"]
+Role = Literal["owner", "admin", "member"]
+MessageType = Literal["text", "service"]
+SendableType = Literal["text"]
+UserRelation = Literal["none", "self", "blocked"]
+
+
+def _check_text(value: str) -> str:
+    """Any Unicode text but NUL, which C strings and some databases end at."""
+    if "\x00" in value:
+        raise ValueError("must not contain the NUL character")
+    return value
+
+
+def _check_line(value: str) -> str:
+    """One line for people to read: NFC, no controls, no bidi or zero-width tricks that make names look alike."""
+    value = unicodedata.normalize("NFC", value).strip()
+    for character in value:
+        category = unicodedata.category(character)
+        # The zero-width joiner holds emoji together and is harmless to a reader.
+        if category in ("Cc", "Cs", "Co", "Zl", "Zp") or (category == "Cf" and character != "\u200d"):
+            raise ValueError("must not contain control or invisible characters")
+    return value
+
+
+def _check_lines(value: str) -> str:
+    return "\n".join(_check_line(line) for line in value.replace("\r\n", "\n").split("\n")).strip()
+
+
+Text = Annotated[str, AfterValidator(_check_text)]
+Line = Annotated[str, AfterValidator(_check_line)]
+Lines = Annotated[str, AfterValidator(_check_lines)]
+Phone = Annotated[
+    str,
+    Field(min_length=3, max_length=32, examples=["+79991234567"], description="With its country code."),
+    AfterValidator(_check_text),
+]
+Username = Annotated[
+    str,
+    Field(
+        min_length=3,
+        max_length=32,
+        pattern=r"^[A-Za-z][A-Za-z0-9_]{2,31}$",
+        examples=["john_doe"],
+        description="3 to 32 of a-z, 0-9 and _, beginning with a letter; unique without regard to case.",
+    ),
+]
+DisplayName = Annotated[Line, Field(min_length=1, max_length=64, examples=["John Doe"])]
+Password = Annotated[
+    str,
+    Field(
+        min_length=1, max_length=256, examples=["SecurePass123!"], description="At least 8 characters, not a common one."
+    ),
+    AfterValidator(_check_text),
+]
+
+
+class In(BaseModel):
+    """Base of request bodies: exact types, nothing unknown."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+# --- accounts ---------------------------------------------------------------------------------------------------
+
+
+class RegisterIn(In):
+    """A new account."""
+
+    phone: Phone
+    password: Password
+    username: Username
+    display_name: DisplayName | None = Field(None, description="Shown to others; the username when left out.")
+    device_name: Annotated[Line, Field(max_length=64)] = Field("", description="Shown in the list of sessions.")
+    platform: Annotated[Line, Field(max_length=16)] = Field("", examples=["android"])
+
+
+class RefreshIn(In):
+    """A refresh token to exchange."""
+
+    refresh_token: Annotated[Text, Field(min_length=1, max_length=256)]
+
+
+class Tokens(TypedDict):
+    """What a device keeps: a short-lived access token and a refresh token that works once."""
+
+    access_token: str
+    token_type: Literal["bearer"]
+    expires_in: Annotated[int, Field(description="Seconds the access token lives.", examples=[3600])]
+    refresh_token: str
+
+
+class Ticket(TypedDict):
+    """A key to one socket."""
+
+    ticket: str
+    expires_in: Annotated[int, Field(description="Seconds.", examples=[30])]
+
+
+class Device(TypedDict):
+    """A session: one device that is logged in."""
+
+    id: Id
+    device_name: str
+    platform: str
+    ip: str
+    created_at: Timestamp
+    last_seen_at: Timestamp
+    current: Annotated[bool, Field(description="Whether this request came from it.")]
+
+
+# --- people -----------------------------------------------------------------------------------------------------
+
+
+class ProfileIn(In):
+    """What to change of one's profile; what is left out stays."""
+
+    username: Username | SkipJsonSchema[None] = None
+    display_name: DisplayName | SkipJsonSchema[None] = None
+    bio: Annotated[Lines, Field(max_length=512)] | SkipJsonSchema[None] = None
+
+
+class User(TypedDict):
+    """A person as others see them. Refetch when `profile_version` has moved."""
+
+    id: Id
+    username: str
+    display_name: str
+    bio: str
+    profile_version: Counter
+
+
+class Me(User):
+    """The caller's own profile."""
+
+    phone: str
+    account_version: AccountVersion
+    created_at: Timestamp
+
+
+class Registered(Me, Tokens):
+    """A new account, already logged in."""
+
+
+class Profile(User):
+    """Somebody's profile, with what the caller may know of their presence."""
+
+    relation: Annotated[UserRelation, Field(description="`blocked`: the caller blocked them.")]
+    online: bool
+    last_seen_at: Timestamp | None
+
+
+class UserPage(TypedDict):
+    """A page of people; `next` continues it."""
+
+    items: list[User]
+    next: Annotated[str | None, Field(description="Pass as `cursor` for the next page; null at the end.")]
+
+
+class Availability(TypedDict):
+    """Whether a username can be taken now. Only registering or renaming takes it."""
+
+    username: str
+    available: bool
+
+
+# --- messages ---------------------------------------------------------------------------------------------------
+
+
+class MessageIn(In):
+    """A message to send."""
+
+    content: Annotated[Text, Field(min_length=1)]
+    message_type: SendableType = "text"
+    client_id: ClientId | None = None
+    reply_to: Id | None = Field(None, description="Id of the message it answers, in the same chat.")
+
+
+class MessageEditIn(In):
+    """The new text of a message."""
+
+    content: Annotated[Text, Field(min_length=1)]
+
+
+class Service(TypedDict):
+    """What a service message reports."""
+
+    action: Literal[
+        "chat_created", "members_added", "member_removed", "member_left", "title_changed", "description_changed"
+    ]
+    user_ids: list[Id]
+    text: Annotated[str, Field(description="The new title or description.")]
+
+
+class Message(TypedDict):
+    """A message. `version` is the chat version of its last change."""
+
+    id: Id
+    chat_id: Id
+    seq: Seq
+    version: Version
+    sender_id: Id
+    client_id: Annotated[str, Field(json_schema_extra={"format": "uuid"})]
+    message_type: MessageType
+    content: Annotated[str, Field(description="Empty when deleted or hidden.")]
+    service: Service | None
+    reply_to: Annotated[Id | None, Field(description="Id of the message it answers.")]
+    reply_to_seq: Seq | None
+    created_at: Timestamp
+    edited_at: Timestamp | None
+    deleted: Annotated[bool, Field(description="Deleted for everybody: only its place is left.")]
+    hidden: Annotated[bool, Field(description="Deleted by the caller for themselves. Once true, it stays true.")]
+
+
+class Sent(TypedDict):
+    """Proof that a message is stored for good."""
+
+    message: Message
+
+
+class History(TypedDict):
+    """Messages by rising `seq`, with the chat version they were read at."""
+
+    items: list[Message]
+    version: Version
+    has_before: Annotated[bool, Field(description="Whether older messages exist.")]
+    has_after: Annotated[bool, Field(description="Whether newer messages exist.")]
+
+
+class Reader(TypedDict):
+    """One who has read a message."""
+
+    user_id: Id
+    read_at: Annotated[Timestamp | None, Field(description="When their mark last moved.")]
+
+
+class Readers(TypedDict):
+    """Who read a message, and whom it has reached."""
+
+    read_by: list[Reader]
+    delivered_to: list[Id]
+
+
+# --- chats ------------------------------------------------------------------------------------------------------
+
+
+class PersonalChatIn(In):
+    """Whom to talk to."""
+
+    user_id: Id
+
+
+class GroupIn(In):
+    """A new group; the caller becomes its owner."""
+
+    title: Annotated[Line, Field(min_length=1, max_length=128)]
+    description: Annotated[Lines, Field(max_length=512)] = ""
+    member_ids: Annotated[list[Id], Field(max_length=2000)] = Field(default_factory=list)
+    history_visible: bool = Field(True, description="Whether those who join later see what was said before.")
+
+
+class ChatEditIn(In):
+    """What to change of a group; what is left out stays."""
+
+    title: Annotated[Line, Field(min_length=1, max_length=128)] | SkipJsonSchema[None] = None
+    description: Annotated[Lines, Field(max_length=512)] | SkipJsonSchema[None] = None
+    history_visible: bool | SkipJsonSchema[None] = None
+
+
+class MembersIn(In):
+    """People to add."""
+
+    user_ids: Annotated[list[Id], Field(min_length=1, max_length=200)]
+
+
+class RoleIn(In):
+    """A member's new role. `owner` hands the group over: the caller becomes an admin."""
+
+    role: Role
+
+
+class Member(TypedDict):
+    """A membership as the chat's log tells it. Marks are seqs: everything up to them is read or delivered.
+
+    In chats above 50 members the marks are those of own messages only; ask who read a message instead.
+    """
+
+    user_id: Id
+    role: Role
+    active: Annotated[bool, Field(description="False once they left or were removed.")]
+    joined_at: Timestamp
+    read_seq: Counter
+    delivered_seq: Counter
+    version: Version
+
+
+class Members(TypedDict):
+    """A page of members by user id."""
+
+    items: list[Member]
+    users: Annotated[list[User], Field(description="The people named in `items`.")]
+    version: Version
+    next: str | None
+
+
+class Chat(TypedDict):
+    """A chat with all that is needed to draw its row in a list."""
+
+    id: Id
+    type: ChatType
+    title: Annotated[str, Field(description="Of a group. A personal chat is named after its peer.")]
+    description: str
+    history_visible: bool
+    version: Version
+    last_seq: Counter
+    member_count: Counter
+    role: Role
+    created_at: Timestamp
+    last_activity_at: Timestamp
+    unread_count: Annotated[
+        int, Field(ge=0, le=1000, description="Messages of others not read yet; 1000 stands for more than 999.")
+    ]
+    read_seq: Annotated[int, Field(ge=0, description="The caller's own read mark.")]
+    peer_id: Annotated[Id | None, Field(description="The other person of a personal chat.")]
+    peer_read_seq: Annotated[int, Field(ge=0, description="Up to where the peer of a personal chat has read.")]
+    peer_delivered_seq: Annotated[int, Field(ge=0, description="Up to where the peer's devices have received.")]
+    last_message: Message | None
+
+
+class ChatPage(TypedDict):
+    """Chats by last activity, newest first."""
+
+    items: list[Chat]
+    users: Annotated[list[User], Field(description="Peers, and senders of last messages.")]
+    next: Annotated[str | None, Field(description="Pass as `cursor` for the next page; null at the end.")]
+
+
+# --- catching up ------------------------------------------------------------------------------------------------
+
+
+class ResumeIn(In):
+    """Where a client stands: the `epoch` it knows, its account version and the version of each of its chats."""
+
+    epoch: Annotated[str, Field(max_length=64)] | None = None
+    account_version: AccountVersion = 0
+    chats: Annotated[dict[Annotated[str, Field(pattern=r"^[1-9][0-9]{0,15}$")], Version], Field(max_length=10_000)] = Field(
+        default_factory=dict, description="Chat id to the version the client has applied."
+    )

@@ -1,0 +1,1 @@
+"""Every rule and permission. No FastAPI, no SQL text."""

@@ -1,0 +1,117 @@
+"""Who is in a chat, as of a `members_version`: an immutable snapshot, shared by checks and by delivery."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable
+from typing import NamedTuple, cast
+
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from app.db.repositories import chat_log as repository
+from app.db.repositories.chat_log import ChatRow
+from app.db.schemas import ChatType, Role
+
+
+class RosterMember(NamedTuple):
+    """What a permission check needs to know of a member."""
+
+    role: Role
+    visible_from_seq: int
+
+
+class Roster:
+    """The people of a chat. Never changed: a new `members_version` means a new roster."""
+
+    __slots__ = ("blockers", "chat_id", "max_visible_from", "members", "members_version", "type")
+
+    def __init__(
+        self,
+        chat_id: int,
+        type: ChatType,
+        members_version: int,
+        members: dict[int, RosterMember],
+        blockers: frozenset[int] = frozenset(),
+    ) -> None:
+        self.chat_id = chat_id
+        self.type = type
+        self.members_version = members_version
+        self.members = members
+        self.blockers = blockers
+        """Of a personal chat: those of the two who block the other."""
+        self.max_visible_from = max((member.visible_from_seq for member in members.values()), default=1)
+
+    def peer_of(self, user_id: int) -> int | None:
+        """The other one of a personal chat."""
+        return next((other for other in self.members if other != user_id), None)
+
+
+class RosterCache:
+    """The newest rosters this worker knows, bounded by the members they hold. A hint: whoever decides by one
+    compares its `members_version` with the locked chat row first."""
+
+    def __init__(self, max_members: int = 1_000_000) -> None:
+        self._rosters: OrderedDict[int, Roster] = OrderedDict()
+        self._members = 0
+        self._max_members = max_members
+
+    def get(self, chat_id: int) -> Roster | None:
+        """A roster, perhaps outdated."""
+        roster = self._rosters.get(chat_id)
+        if roster is not None:
+            self._rosters.move_to_end(chat_id)
+        return roster
+
+    def put(self, roster: Roster) -> None:
+        """Remember a committed roster; an older one never replaces a newer."""
+        known = self._rosters.get(roster.chat_id)
+        if known is not None:
+            if known.members_version > roster.members_version:
+                return
+            self._members -= len(known.members)
+        self._rosters[roster.chat_id] = roster
+        self._rosters.move_to_end(roster.chat_id)
+        self._members += len(roster.members)
+        while self._members > self._max_members and len(self._rosters) > 1:
+            _, oldest = self._rosters.popitem(last=False)
+            self._members -= len(oldest.members)
+
+
+async def load_rosters(session: AsyncSession, chats: Iterable[ChatRow]) -> list[Roster]:
+    """Read rosters afresh. Exact when the caller holds the chats' locks; a hint otherwise."""
+    by_id = {chat.id: chat for chat in chats}
+    if not by_id:
+        return []
+    members: dict[int, dict[int, RosterMember]] = {chat_id: {} for chat_id in by_id}
+    for chat_id, user_id, role, visible_from in await repository.list_active_members(session, list(by_id)):
+        members[chat_id][user_id] = RosterMember(cast(Role, role), visible_from)
+    pairs = {
+        cast(tuple[int, int], tuple(sorted(members[chat.id]))): chat.id
+        for chat in by_id.values()
+        if chat.type == "personal" and len(members[chat.id]) == 2
+    }
+    blockers: dict[int, frozenset[int]] = {}
+    for low, high, low_blocks, high_blocks in await repository.list_blocks(session, list(pairs)):
+        blockers[pairs[low, high]] = frozenset(
+            user_id for user_id, blocks in ((low, low_blocks), (high, high_blocks)) if blocks
+        )
+    return [
+        Roster(
+            chat.id,
+            cast(ChatType, chat.type),
+            chat.members_version,
+            members[chat.id],
+            blockers.get(chat.id, frozenset()),
+        )
+        for chat in by_id.values()
+    ]
+
+
+async def fetch_roster(session: AsyncSession, cache: RosterCache, chat_id: int) -> Roster | None:
+    """The cached roster of a chat, read when it is not there; None when the chat does not exist."""
+    roster = cache.get(chat_id)
+    if roster is None:
+        for roster in await load_rosters(session, await repository.find_chats(session, [chat_id])):
+            cache.put(roster)
+            return roster
+    return roster

@@ -1,0 +1,105 @@
+"""One session, one transaction, and what to announce once it is committed.
+
+Everything but the group-committing writer goes through here. A clean exit commits and then announces; an error
+rolls back and forgets. Services never commit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Callable, Sequence
+
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from app.core.errors import DialectError
+from app.core.ids import IdAllocator
+from app.db.database import Database
+from app.db.events import AccountEvent
+from app.db.repositories import chat_log as repository
+from app.services.chat_log.append import Appender
+from app.services.chat_log.changes import Appended, Change, Deferred
+from app.services.chat_log.roster import Roster, load_rosters
+
+log = logging.getLogger(__name__)
+
+Announce = Callable[[Appended], None]
+
+
+class UnitOfWork:
+    """A transaction in progress. Reserve ids (`ids.reserve`) before the first statement."""
+
+    def __init__(self, session: AsyncSession, appender: Appender, ids: IdAllocator) -> None:
+        self.session = session
+        self.ids = ids
+        self._appender = appender
+        self.appended: list[Appended] = []
+        self.actions: list[Callable[[], None]] = []
+
+    async def append(self, *changes: Change) -> Appended:
+        """Append changes to chats; they are announced after the commit.
+
+        Raises the first error among the outcomes: a unit of work is all or nothing.
+        """
+        appended = await self._appender.append(self.session, changes)
+        for outcome in appended.outcomes:
+            if isinstance(outcome, DialectError):
+                raise outcome
+            if isinstance(outcome, Deferred):
+                raise RuntimeError("a unit of work waits for locks; nothing is deferred")
+        self.appended.append(appended)
+        return appended
+
+    async def lock_chat(self, chat_id: int) -> tuple[repository.ChatRow, Roster] | None:
+        """Lock a chat and read who is in it, exactly; None when there is no such chat."""
+        rows = await repository.lock_chats(self.session, [chat_id])
+        if not rows:
+            return None
+        [roster] = await load_rosters(self.session, rows)
+        return rows[0], roster
+
+    async def next_account_version(self, user_id: int) -> int:
+        """Number a change that only this user sees. Locks the user's row: after pairs and chats."""
+        before = await repository.bump_account_versions(self.session, {user_id: 1})
+        return before[user_id] + 1
+
+    def announce_account(self, user_id: int, event: AccountEvent) -> None:
+        """Tell a user's devices of a private change once it is committed."""
+        self.appended.append(Appended([], account_events=[(user_id, event)]))
+
+    def after_commit(self, action: Callable[[], None]) -> None:
+        """Run something once the change is durable. Its failure does not undo the change."""
+        self.actions.append(action)
+
+
+class UnitOfWorkFactory:
+    """Opens units of work."""
+
+    def __init__(self, database: Database, appender: Appender, ids: IdAllocator, announce: Announce) -> None:
+        self.database = database
+        self.ids = ids
+        self._appender = appender
+        self._announce = announce
+
+    @contextlib.asynccontextmanager
+    async def __call__(self) -> AsyncIterator[UnitOfWork]:
+        """A unit of work. Raises Unavailable when the database does not answer in time."""
+        async with self.database.writing() as session:
+            uow = UnitOfWork(session, self._appender, self.ids)
+            yield uow
+        announce_all(uow.appended, self._announce)
+        for action in uow.actions:
+            try:
+                action()
+            except Exception:
+                # The change is committed and the caller must hear so; the sweep and resuming heal the rest.
+                log.exception("after_commit_failed")
+
+
+def announce_all(appended: Sequence[Appended], announce: Announce) -> None:
+    """Announce what was committed; a failure is logged, and healed by the sweep."""
+    for result in appended:
+        try:
+            announce(result)
+        except Exception:
+            log.exception("announce_failed")
