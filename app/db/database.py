@@ -303,6 +303,10 @@ def migrate(settings: Settings, revision: str = "head") -> None:
         engine = create_engine(url, poolclass=NullPool)
         try:
             with engine.connect() as connection:
+                if settings.uses_mysql:
+                    # Two machines that start together must not both create the tables. The name counts per server.
+                    connection.exec_driver_sql("SELECT GET_LOCK(LEFT(CONCAT('migrate ', DATABASE()), 64), 60)")
+                    connection.commit()  # or Alembic would leave the transactions to us
                 config = alembic_config()
                 config.attributes["connection"] = connection
                 if revision == "base" or revision.startswith("-"):
