@@ -1,7 +1,7 @@
 """What the connection manager knows of a socket, and events serialised and framed once for everybody.
 
-Two classes implement `Transport`: one on uvicorn's raw connection, one over plain ASGI. The manager never learns
-which it holds.
+Two classes implement `Transport`: one on uvicorn's raw connection, one over plain ASGI. The manager never
+learns which it holds.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def frame_close(code: int, reason: str = "") -> bytes:
 
 
 class Frames:
-    """Events as JSON documents, and as the bytes of a socket: both are made once, however many receive them."""
+    """Events as JSON documents, and as the bytes of a socket: both made once, however many receive them."""
 
     __slots__ = ("_framed", "payloads", "size")
 
@@ -79,13 +79,17 @@ class Transport(Protocol):
         ...
 
     def close(self, code: int, reason: str = "") -> None:
-        """Send a close frame after what is queued, deliver nothing more, and cut the connection if the peer has
-        not answered within CLOSE_SECONDS. Only the first call counts."""
+        """Send a close frame after what is queued and deliver nothing more. Only the first call counts.
+
+        A peer that has not answered within CLOSE_SECONDS is cut off.
+        """
         ...
 
     def pause_reading(self) -> None:
-        """Deliver no more messages for now, and let TCP slow the client down. Meant to be short: while it lasts,
-        a peer that went away is not noticed."""
+        """Deliver no more messages for now, and let TCP slow the client down.
+
+        Meant to be short: while it lasts, a peer that went away is not noticed.
+        """
         ...
 
     def resume_reading(self) -> None:
@@ -109,7 +113,7 @@ class Receiver(Protocol):
         ...
 
     def on_shutdown(self) -> None:
-        """The server is stopping and reads no more from this client: finish what is in flight, then `close(1012)`.
+        """The server is stopping and reads no more from here: finish what is in flight, then `close(1012)`.
 
         Comes only from the tuned server. Elsewhere the server closes its sockets by itself.
         """
@@ -118,6 +122,7 @@ class Receiver(Protocol):
     def on_closed(self, code: int) -> None:
         """The connection is gone; called exactly once, whatever ended it, and nothing is called after it.
 
-        `code` is that of the first close frame, ours or the peer's: 1005 if it named none, 1006 if none was sent.
+        `code` is that of the first close frame, ours or the peer's: 1005 if it named none, 1006 if there was
+        none.
         """
         ...

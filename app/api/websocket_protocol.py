@@ -1,0 +1,587 @@
+"""Our WebSocket protocol class for uvicorn: `python -m app` runs with it.
+
+Handshake, refusals and routing are uvicorn's and go through ASGI. Once the route has accepted, `attach` swaps
+the connection's protocol for a `RawSocket`: a parser that hands each message straight to the receiver, and a
+writer that takes frames made once for everybody. No queue, no task switch and no `str` stand between, and the
+machinery of the handshake is freed.
+
+Written against uvicorn 0.54, which requirements.txt pins.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Final
+
+from uvicorn.protocols.utils import ClientDisconnected
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+from websockets.frames import Close
+
+from app.services.transport import (
+    CLOSE_SECONDS,
+    HIGH_WATER,
+    LOW_WATER,
+    Frames,
+    Receiver,
+    Transport,
+    frame_close,
+)
+
+if TYPE_CHECKING:
+    from uvicorn._types import ASGIReceiveEvent, ASGISendEvent
+    from uvicorn.config import Config
+    from uvicorn.server import ServerState
+    from websockets.http11 import Request
+
+try:
+    from websockets.speedups import apply_mask
+except ImportError:  # a machine for which websockets has no wheel
+    from websockets.utils import apply_mask
+
+log = logging.getLogger(__name__)
+
+SCOPE_EXTENSION: Final = "dialect.socket"
+
+MESSAGES_PER_TURN = 64
+"""After so many messages of one client the others get their turn."""
+
+_FIN = 0x80
+_CONTINUATION, _TEXT, _BINARY, _CLOSE, _PING, _PONG = 0x0, 0x1, 0x2, 0x8, 0x9, 0xA
+_WHOLE_TEXT = _FIN | _TEXT
+_EMPTY_PING = bytes((_FIN | _PING, 0))
+
+# The kernel takes megabytes for a peer that has stopped reading, and a ping would wait behind them. With this
+# the kernel holds little that it has not put on the wire, so `unsent_bytes` tells the truth.
+_NOTSENT_LOWAT: int | None = getattr(socket, "TCP_NOTSENT_LOWAT", None)
+
+
+class RawSocket(asyncio.Protocol):
+    """An accepted WebSocket without ASGI: implements `Transport`, calls a `Receiver`.
+
+    uvicorn keeps it among its connections, so a stop of the server waits for it.
+    """
+
+    __slots__ = (
+        "_choked",
+        "_close_code",
+        "_closed",
+        "_closing",
+        "_connections",
+        "_corked",
+        "_corked_bytes",
+        "_deaf",
+        "_heard",
+        "_loop",
+        "_max_bytes",
+        "_more",
+        "_need",
+        "_partial",
+        "_partial_bytes",
+        "_partial_is_text",
+        "_paused",
+        "_ping_interval",
+        "_ping_timeout",
+        "_pong",
+        "_receiver",
+        "_stopping",
+        "_tail",
+        "_timer",
+        "_transport",
+    )
+
+    def __init__(
+        self,
+        transport: asyncio.Transport,
+        loop: asyncio.AbstractEventLoop,
+        connections: set[Any],
+        config: Config,
+        max_frame_bytes: int,
+    ) -> None:
+        self._transport = transport
+        self._loop = loop
+        self._connections = connections
+        self._max_bytes = max_frame_bytes
+        self._receiver: Receiver | None = None
+        self._closed: asyncio.Future[None] | None = None
+
+        self._closing = False  # a close frame went out, or nothing can go out any more
+        self._deaf = False  # what still comes in is thrown away
+        self._close_code = 1006
+
+        # Reading: bytes that are no whole frame yet (or may not be delivered yet) and how many are needed.
+        self._tail: bytearray | None = None
+        self._need = 0
+        self._paused = False
+        self._stopping = False
+        self._more = False  # a turn has ended and the next is scheduled
+        # The message whose first fragments are here; what is in a binary one nobody needs.
+        self._partial: bytearray | None = None
+        self._partial_bytes = 0
+        self._partial_is_text = False
+
+        # Writing: while bytes are parsed, answers gather here and go out in one write.
+        self._corked: list[bytes] | None = None
+        self._corked_bytes = 0
+        self._choked = False
+        self._pong: bytes | None = None  # of the newest ping, waiting until the peer reads
+
+        self._ping_interval = config.ws_ping_interval
+        self._ping_timeout = config.ws_ping_timeout
+        self._heard = True
+        self._timer: asyncio.TimerHandle | None = None
+        if self._ping_interval:
+            self._timer = loop.call_later(self._ping_interval, self._send_ping)
+
+        transport.set_write_buffer_limits(high=HIGH_WATER, low=LOW_WATER)
+        if _NOTSENT_LOWAT is not None and (raw := transport.get_extra_info("socket")) is not None:
+            with contextlib.suppress(OSError):  # not every socket is TCP
+                raw.setsockopt(socket.IPPROTO_TCP, _NOTSENT_LOWAT, HIGH_WATER)
+
+    def start(self, receiver: Receiver, held: bytes) -> None:
+        """Begin to deliver, first what came before and made the connection pause."""
+        self._receiver = receiver
+        if held:
+            self.data_received(held)
+            if not (self._paused or self._more or self._transport.is_closing()):
+                self._transport.resume_reading()
+
+    async def closed(self) -> None:
+        """Wait until the connection is gone. Cancelled, it cuts the connection."""
+        if self._receiver is None:
+            return
+        self._closed = self._loop.create_future()
+        try:
+            await self._closed
+        except asyncio.CancelledError:
+            self.abort(1012)
+            raise
+
+    # --- Transport ----------------------------------------------------------------------------------------
+
+    def send(self, frames: Frames) -> None:
+        if not self._closing:
+            self._write(frames.framed)
+
+    @property
+    def unsent_bytes(self) -> int:
+        if self._corked_bytes:
+            self._flush()
+        return self._transport.get_write_buffer_size()
+
+    def close(self, code: int, reason: str = "") -> None:
+        if self._closing:
+            return
+        self._write(frame_close(code, reason))
+        self._shut(code)
+        # The peer's answer must be seen; nothing is delivered any more.
+        self._listen()
+
+    def pause_reading(self) -> None:
+        if not self._closing:
+            self._paused = True
+            self._transport.pause_reading()
+
+    def resume_reading(self) -> None:
+        if self._paused and not self._stopping:
+            self._listen()
+
+    def abort(self, code: int) -> None:
+        """Cut the connection; a peer that reads still finds a close frame."""
+        self.close(code)
+        self._flush()
+        self._transport.abort()
+
+    # --- what asyncio and uvicorn call --------------------------------------------------------------------
+
+    def data_received(self, data: bytes) -> None:
+        self._heard = True
+        if self._deaf:
+            return
+        tail = self._tail
+        if tail is not None:
+            tail += data
+            if len(tail) < self._need or self._paused or self._more:
+                return
+            data = bytes(tail)
+            self._tail = None
+        self._parse(data)
+
+    def eof_received(self) -> None:
+        # The transport closes itself when this returns, but first sends what is queued: possibly for ever.
+        self._shut(self._close_code)
+
+    def pause_writing(self) -> None:
+        self._choked = True
+
+    def resume_writing(self) -> None:
+        self._choked = False
+        self._heard = True  # the buffers were full, so only the peer's reading can have emptied them
+        if self._closing:
+            return
+        if self._pong is not None:
+            pong, self._pong = self._pong, None
+            self._write(pong)
+        if self._receiver is not None:
+            try:
+                self._receiver.on_drained()
+            except Exception as error:
+                self._receiver_failed(error)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._closing = self._deaf = True
+        self._tail = self._partial = self._corked = None
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self._connections.discard(self)
+        if self._closed is not None and not self._closed.done():
+            self._closed.set_result(None)
+        receiver, self._receiver = self._receiver, None
+        if receiver is not None:
+            try:
+                receiver.on_closed(self._close_code)
+            except Exception:
+                log.exception("a socket's receiver failed at its end")
+
+    def shutdown(self) -> None:
+        """uvicorn is stopping: read no more, and let the receiver finish and close."""
+        if self._closing:
+            return
+        self._stopping = True
+        self.pause_reading()
+        if self._receiver is None:
+            self.close(1012)
+            return
+        try:
+            self._receiver.on_shutdown()
+        except Exception as error:
+            self._receiver_failed(error)
+
+    # --- reading ------------------------------------------------------------------------------------------
+
+    def _parse(self, data: bytes) -> None:
+        """Take whole frames out of `data`; what remains waits in the tail."""
+        end = len(data)
+        at = need = turn = 0
+        self._corked = []
+        while at < end and not self._paused:
+            if turn == MESSAGES_PER_TURN:
+                self._more = True
+                self._transport.pause_reading()
+                self._loop.call_soon(self._next_turn)
+                break
+            # RFC 6455 section 5.2. What the header shows to be wrong is refused before its payload arrives.
+            if end - at < 2:
+                need = 2
+                break
+            head = data[at]
+            length = data[at + 1] - 128
+            if length < 0:
+                self._fail(1002, "a client must mask its frames")
+                break
+            body = at + 6
+            if length > 125:
+                wide = 2 if length == 126 else 8
+                body += wide
+                if end - at < 2 + wide:
+                    need = 2 + wide
+                    break
+                length = int.from_bytes(data[at + 2 : at + 2 + wide])
+            plain = head == _WHOLE_TEXT and self._partial is None
+            if plain:
+                if length > self._max_bytes:
+                    self._fail(1009, "the frame is too big")
+                    break
+            elif not self._acceptable(head, length):
+                break
+            stop = body + length
+            if stop > end:
+                need = stop - at
+                break
+            payload = apply_mask(data[body:stop], data[body - 4 : body])
+            at = stop
+            turn += 1
+            if plain:
+                self._text(payload)
+            else:
+                self._frame(head, payload)
+            if self._deaf:
+                break
+        if at < end and not self._deaf:
+            self._tail = bytearray(data[at:])
+            self._need = need
+        self._flush()
+        self._corked = None
+
+    def _acceptable(self, head: int, length: int) -> bool:
+        """Whether any other frame than a whole text may come now, and in this size."""
+        opcode = head & 0x0F
+        if head & 0x70:
+            self._fail(1002, "reserved bits are set")
+        elif opcode >= _CLOSE:
+            if opcode > _PONG:
+                self._fail(1002, "unknown opcode")
+            elif not head & _FIN or length > 125:
+                self._fail(1002, "a control frame is one short frame")
+        elif opcode > _BINARY:
+            self._fail(1002, "unknown opcode")
+        elif (opcode == _CONTINUATION) != (self._partial is not None):
+            self._fail(1002, "fragments out of order")
+        elif self._partial_bytes + length > self._max_bytes:
+            self._fail(1009, "the message is too big")
+        return not self._deaf
+
+    def _frame(self, head: int, payload: bytes) -> None:
+        """Anything but a whole text message."""
+        opcode = head & 0x0F
+        if opcode == _PING:
+            if not self._closing:
+                pong = bytes((_FIN | _PONG, len(payload))) + payload
+                if self._choked:
+                    # Who pings and does not read gets one answer, to the newest (RFC 6455 section 5.5.3).
+                    self._pong = pong
+                else:
+                    self._write(pong)
+        elif opcode == _CLOSE:
+            self._peer_closes(payload)
+        elif opcode != _PONG:
+            if self._partial is None:
+                self._partial = bytearray()
+                self._partial_bytes = 0
+                self._partial_is_text = opcode == _TEXT
+            self._partial_bytes += len(payload)
+            if self._partial_is_text:
+                self._partial += payload
+            if head & _FIN:
+                text = bytes(self._partial)
+                self._partial = None
+                self._partial_bytes = 0
+                if self._partial_is_text:
+                    self._text(text)
+                else:
+                    self._binary()
+
+    def _text(self, payload: bytes) -> None:
+        if not payload.isascii():
+            try:
+                payload.decode()
+            except UnicodeDecodeError:
+                self._fail(1007, "not UTF-8")
+                return
+        if self._closing or self._receiver is None:
+            return
+        try:
+            self._receiver.on_text(payload)
+        except Exception as error:
+            self._receiver_failed(error)
+
+    def _binary(self) -> None:
+        if self._closing or self._receiver is None:
+            return
+        try:
+            self._receiver.on_binary()
+        except Exception as error:
+            self._receiver_failed(error)
+
+    def _peer_closes(self, payload: bytes) -> None:
+        code = 1005
+        if payload:
+            try:
+                close = Close.parse(payload)
+                close.check()
+            except UnicodeDecodeError:
+                self._fail(1007, "not UTF-8")
+                return
+            except Exception:  # websockets' ProtocolError: an impossible code or half of one
+                self._fail(1002, "a malformed close frame")
+                return
+            code = int(close.code)
+        if not self._closing:
+            self._write(bytes((_FIN | _CLOSE, len(payload))) + payload)
+        self._flush()
+        self._shut(code)
+        self._deaf = True
+        self._transport.close()
+
+    def _next_turn(self) -> None:
+        self._more = False
+        if self._closing:
+            self._listen()
+        elif not self._paused:
+            self._transport.resume_reading()
+            self._continue()
+
+    def _listen(self) -> None:
+        """Undo a pause. What was held back is delivered later, never from within a call of the receiver."""
+        self._paused = False
+        if self._more and not self._closing:
+            return  # the next turn resumes
+        if not self._transport.is_closing():
+            self._transport.resume_reading()
+        if self._tail is not None:
+            self._loop.call_soon(self._continue)
+
+    def _continue(self) -> None:
+        tail = self._tail
+        if tail is not None and len(tail) >= self._need and not (self._paused or self._more or self._deaf):
+            self._tail = None
+            self._parse(bytes(tail))
+
+    # --- writing and ending -------------------------------------------------------------------------------
+
+    def _write(self, data: bytes) -> None:
+        if self._corked is None:
+            self._transport.write(data)
+            return
+        self._corked.append(data)
+        self._corked_bytes += len(data)
+        if self._corked_bytes > LOW_WATER:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._corked:
+            data, self._corked = b"".join(self._corked), []
+            self._corked_bytes = 0
+            if not self._transport.is_closing():
+                self._transport.write(data)
+
+    def _shut(self, code: int) -> None:
+        """From now on the peer has CLOSE_SECONDS to end this, or is cut off."""
+        if self._closing:
+            return
+        self._closing = True
+        self._close_code = code
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self._loop.call_later(CLOSE_SECONDS, self._transport.abort)
+
+    def _fail(self, code: int, reason: str) -> None:
+        """Fail the connection (RFC 6455 section 7.1.7)."""
+        self._deaf = True
+        self._tail = self._partial = None
+        if not self._closing:
+            self._write(frame_close(code, reason))
+            self._shut(code)
+        self._flush()
+        # Closing with bytes unread resets the connection, and a reset overtakes the close frame. So only our
+        # direction ends; what the peer still sends is thrown away until it ends the other.
+        if self._transport.is_closing():
+            return
+        if self._transport.can_write_eof():
+            self._transport.write_eof()
+            self._transport.resume_reading()
+        else:
+            self._transport.close()
+
+    def _receiver_failed(self, error: Exception) -> None:
+        log.error("a socket's receiver failed", exc_info=error)
+        self.close(1011, "internal error")
+
+    # --- keepalive ----------------------------------------------------------------------------------------
+
+    def _send_ping(self) -> None:
+        self._heard = False
+        self._transport.write(_EMPTY_PING)
+        if self._ping_timeout:
+            self._timer = self._loop.call_later(self._ping_timeout, self._check_alive)
+        elif self._ping_interval:
+            self._timer = self._loop.call_later(self._ping_interval, self._send_ping)
+
+    def _check_alive(self) -> None:
+        """Anything heard since the ping will do: a pong may queue behind much else."""
+        if not (self._heard or self._paused or self._more):
+            self.close(1011, "keepalive ping timeout")
+            return
+        wait = max(0.0, (self._ping_interval or 0.0) - (self._ping_timeout or 0.0))
+        self._timer = self._loop.call_later(wait, self._send_ping)
+
+
+class DialectWebSocketProtocol(WebSocketsSansIOProtocol):
+    """uvicorn's WebSocket connection, until the route attaches a receiver.
+
+    What the peer sends after its handshake is held back unparsed until the route has shown what it wants:
+    `attach`, or the ordinary ASGI messages, which work as they do with uvicorn's own class.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        server_state: ServerState,
+        app_state: dict[str, Any],
+        _loop: asyncio.AbstractEventLoop | None = None,
+    ) -> None:
+        super().__init__(config, server_state, app_state, _loop)
+        # Frames that are the same for everybody cannot be compressed per connection.
+        self.conn.available_extensions = []
+        self._held: bytearray | None = bytearray()  # None once the bytes go to the sans-I/O parser as usual
+        self._asked_to_connect = False
+        self._attached = False
+
+    def handle_connect(self, event: Request) -> None:
+        super().handle_connect(event)
+        if (
+            not self.handshake_complete
+        ):  # that is, not refused yet; the route starts in a later turn of the loop
+            extensions: dict[str, Any] = self.scope["extensions"]
+            extensions[SCOPE_EXTENSION] = self
+
+    def data_received(self, data: bytes) -> None:
+        if self._held is None or not self.handshake_initiated:
+            super().data_received(data)
+            return
+        self._held += data
+        self.transport.pause_reading()  # one read at most is held for a stranger
+
+    def attach(self, make_receiver: Callable[[Transport], Receiver], max_frame_bytes: int) -> RawSocket:
+        """Take the connection over from ASGI, which must have accepted it and done nothing else with it."""
+        if not self.handshake_complete or self._held is None or self._attached:
+            raise RuntimeError("attach comes right after accept")
+        self._attached = True
+        self.stop_keepalive()
+        held, self._held = bytes(self._held), None
+        lost, shut = self.disconnected, self.transport.is_closing()
+        self.scope["extensions"].pop(SCOPE_EXTENSION, None)
+        raw = RawSocket(self.transport, self.loop, self.connections, self.config, max_frame_bytes)
+        if lost:
+            self.loop.call_soon(raw.connection_lost, None)
+        else:
+            self.connections.discard(self)
+            self.connections.add(raw)  # type: ignore[arg-type]
+            self.transport.set_protocol(raw)
+        if shut:
+            raw.eof_received()
+        try:
+            receiver = make_receiver(raw)
+        except BaseException:
+            raw.close(1011, "internal error")
+            raise
+        raw.start(receiver, b"" if shut else held)
+        # The handshake's machinery weighs more than the connection.
+        del self.conn, self.queue, self.request, self.response, self.writable, self.frames
+        return raw
+
+    async def receive(self) -> ASGIReceiveEvent:
+        if self._asked_to_connect:
+            self._go_plain()
+        self._asked_to_connect = True
+        return await super().receive()
+
+    async def send(self, message: ASGISendEvent) -> None:
+        if self._attached:
+            raise ClientDisconnected
+        if message["type"] in ("websocket.send", "websocket.close"):
+            self._go_plain()
+        await super().send(message)
+
+    def _go_plain(self) -> None:
+        """The route speaks ASGI: hand over what was held, and parse as uvicorn does from now on."""
+        if self._attached:
+            raise ClientDisconnected
+        held, self._held = self._held, None
+        if held and not self.transport.is_closing():
+            self.transport.resume_reading()
+            super().data_received(bytes(held))
