@@ -94,7 +94,6 @@ class Settings(BaseSettings):
 
     # Chats and messages
     max_group_members: int = Field(2000, ge=2, description="Members of a group.")
-    max_chats_created_per_day: int = Field(1000, ge=0, description="Chats one account may create in 24 hours.")
     max_message_chars: int = Field(4096, ge=1, le=16384, description="Characters (code points) of a text message.")
     receipts_members_max: int = Field(
         50, ge=2, description="Chats above this size keep read and delivered marks out of the chat log."
@@ -122,6 +121,7 @@ class Settings(BaseSettings):
     limit_login_per_account_and_ip: str = Field("10/minute", description="Logins of one account from one address.")
     limit_login_failures_per_account: str = Field("100/day", description="Wrong passwords of one account.")
     limit_refresh_per_ip: str = Field("120/minute", description="Refreshes from one address.")
+    limit_chats_created_per_user: str = Field("300/hour", description="Chats one account may create.")
     limit_search_per_user: str = Field("60/minute", description="Searches of one account.")
     limit_username_checks_per_ip: str = Field("100/minute", description="Availability look-ups from one address.")
     limit_requests_per_user: str = Field("50/second", description="REST requests of one account.")

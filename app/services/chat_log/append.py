@@ -18,7 +18,7 @@ from app.core.errors import BadInput, Conflict, DialectError, Forbidden, chat_no
 from app.db.events import AccountEvent, ChatEvent
 from app.db.repositories import chat_log as repository
 from app.db.repositories.chat_log import ChatRow, ChatUpdate, MarkUpdate, MemberRow, MessageRow
-from app.db.schemas import Member, Message, MessageType, Role, Service
+from app.db.schemas import Message, MessageType, Service
 from app.services.chat_log.changes import (
     DEFERRED,
     Announcement,
@@ -36,46 +36,7 @@ from app.services.chat_log.changes import (
     SendService,
 )
 from app.services.chat_log.roster import Roster, RosterCache, RosterMember, load_rosters
-
-
-def message_view(row: MessageRow, *, hidden: bool = False) -> Message:
-    """A message as the wire shows it; `hidden` when the viewer deleted it for themselves."""
-    return {
-        "id": row.id,
-        "chat_id": row.chat_id,
-        "seq": row.seq,
-        "version": row.version,
-        "sender_id": row.sender_id,
-        "client_id": _uuid(row.client_id),
-        "message_type": cast(MessageType, row.message_type),
-        "content": "" if hidden else row.content,
-        "service": cast(Service, json.loads(row.service)) if row.service else None,
-        "reply_to": row.reply_to_id,
-        "reply_to_seq": row.reply_to_seq,
-        "created_at": timestamp(row.created_at),
-        "edited_at": timestamp(row.edited_at) if row.edited_at else None,
-        "deleted": row.deleted_at is not None,
-        "hidden": hidden,
-    }
-
-
-def _uuid(raw: bytes) -> str:
-    # uuid.UUID costs more than the rest of the message together.
-    text = raw.hex()
-    return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
-
-
-def member_view(row: MemberRow) -> Member:
-    """A membership as the chat's log tells it: with public marks only."""
-    return {
-        "user_id": row.user_id,
-        "role": cast(Role, row.role),
-        "active": row.left_seq is None,
-        "joined_at": timestamp(row.joined_at),
-        "read_seq": row.public_read_seq,
-        "delivered_seq": row.public_delivered_seq,
-        "version": row.version,
-    }
+from app.services.chat_log.views import member_view, message_view, uuid_text
 
 
 class Appender:
@@ -372,7 +333,7 @@ class _Batch:
             "seq": seq,
             "version": version,
             "sender_id": user_id,
-            "client_id": _uuid(client_id),
+            "client_id": uuid_text(client_id),
             "message_type": message_type,
             "content": content,
             "service": cast(Service, json.loads(service)) if service else None,

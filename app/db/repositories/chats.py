@@ -1,0 +1,257 @@
+"""SQL of chats as their members see them: the list, one chat, its members."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime
+from typing import NamedTuple, cast
+
+from sqlalchemy import ColumnElement, Table, and_, exists, func, insert, literal, or_, select
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from app.db.models import Chat, ChatMember, HiddenMessage, Message
+from app.db.repositories.chat_log import MEMBER_COLUMNS, MESSAGE_COLUMNS, MemberRow, MessageRow, database_now
+
+CHAT = cast(Table, Chat.__table__)
+MEMBER = cast(Table, ChatMember.__table__)
+MESSAGE = cast(Table, Message.__table__)
+HIDDEN = cast(Table, HiddenMessage.__table__)
+
+UNREAD_MAX = 1000
+
+
+class ChatCursor(NamedTuple):
+    """Where one of a user's chats stands."""
+
+    chat_id: int
+    version: int
+    joined_version: int
+
+
+class ChatListRow(NamedTuple):
+    """A chat with everything its row in a list shows to one member."""
+
+    id: int
+    type: str
+    title: str
+    description: str
+    history_visible: bool
+    version: int
+    last_seq: int
+    member_count: int
+    created_at: datetime
+    last_activity_at: datetime
+    role: str
+    read_seq: int
+    visible_from_seq: int
+    joined_version: int
+    info_version: int
+    peer_id: int | None
+    peer_read_seq: int | None
+    peer_delivered_seq: int | None
+    unread_count: int
+    last_message_hidden: bool
+    last_message: MessageRow | None
+
+
+async def insert_chat(
+    session: AsyncSession,
+    *,
+    chat_id: int,
+    type: str,
+    title: str,
+    description: str,
+    history_visible: bool,
+    created_by: int,
+    now: datetime,
+) -> None:
+    """Insert a chat with an empty log; its people are appended to it."""
+    await session.execute(
+        insert(CHAT).values(
+            id=chat_id,
+            type=type,
+            title=title,
+            description=description,
+            history_visible=history_visible,
+            created_by=created_by,
+            created_at=now,
+            last_seq=0,
+            version=0,
+            members_version=0,
+            info_version=0,
+            member_count=0,
+            last_activity_at=now,
+            changed_at=database_now(session),
+        )
+    )
+
+
+async def list_cursors(session: AsyncSession, user_id: int) -> list[ChatCursor]:
+    """All chats the user is in, with their versions."""
+    result = await session.execute(
+        select(CHAT.c.id, CHAT.c.version, MEMBER.c.joined_version)
+        .select_from(MEMBER.join(CHAT, CHAT.c.id == MEMBER.c.chat_id))
+        .where(MEMBER.c.user_id == user_id, MEMBER.c.left_seq.is_(None))
+    )
+    return [ChatCursor(*row) for row in result]
+
+
+async def find_cursor(session: AsyncSession, chat_id: int, user_id: int) -> ChatCursor | None:
+    """Where a chat stands for a user who is in it."""
+    result = await session.execute(
+        select(CHAT.c.id, CHAT.c.version, MEMBER.c.joined_version)
+        .select_from(MEMBER.join(CHAT, CHAT.c.id == MEMBER.c.chat_id))
+        .where(MEMBER.c.chat_id == chat_id, MEMBER.c.user_id == user_id, MEMBER.c.left_seq.is_(None))
+    )
+    row = result.first()
+    return ChatCursor(*row) if row else None
+
+
+async def list_chats(
+    session: AsyncSession,
+    user_id: int,
+    *,
+    chat_ids: Sequence[int] | None = None,
+    before: tuple[datetime, int] | None = None,
+    limit: int,
+) -> list[ChatListRow]:
+    """Chats of a user by last activity, newest first, in one query whatever their number."""
+    peer = MEMBER.alias("peer")
+    last = MESSAGE.alias("last")
+    unread = MESSAGE.alias("unread")
+    hidden_unread = exists().where(
+        HIDDEN.c.user_id == user_id, HIDDEN.c.chat_id == unread.c.chat_id, HIDDEN.c.seq == unread.c.seq
+    )
+    # Bounded: at most UNREAD_MAX rows are counted, however far behind the reader is.
+    unread_rows = (
+        select(literal(1).label("one"))
+        .where(
+            unread.c.chat_id == MEMBER.c.chat_id,
+            unread.c.seq > MEMBER.c.read_seq,
+            unread.c.seq >= MEMBER.c.visible_from_seq,
+            unread.c.sender_id != user_id,
+            unread.c.deleted_at.is_(None),
+            ~hidden_unread,
+        )
+        .limit(UNREAD_MAX)
+        .correlate(MEMBER)
+        .subquery("unread_rows")
+    )
+    unread_count = select(func.count()).select_from(unread_rows).scalar_subquery()
+    last_hidden = (
+        exists()
+        .where(HIDDEN.c.user_id == user_id, HIDDEN.c.chat_id == CHAT.c.id, HIDDEN.c.seq == CHAT.c.last_seq)
+        .correlate(CHAT)
+    )
+    source = (
+        MEMBER.join(CHAT, CHAT.c.id == MEMBER.c.chat_id)
+        .outerjoin(
+            peer, and_(CHAT.c.type == "personal", peer.c.chat_id == CHAT.c.id, peer.c.user_id != MEMBER.c.user_id)
+        )
+        .outerjoin(
+            last,
+            and_(
+                last.c.chat_id == CHAT.c.id,
+                last.c.seq == CHAT.c.last_seq,
+                last.c.seq >= MEMBER.c.visible_from_seq,
+            ),
+        )
+    )
+    conditions: list[ColumnElement[bool]] = [MEMBER.c.user_id == user_id, MEMBER.c.left_seq.is_(None)]
+    if chat_ids is not None:
+        conditions.append(MEMBER.c.chat_id.in_(chat_ids))
+    if before is not None:
+        moment, chat_id = before
+        conditions.append(
+            or_(
+                CHAT.c.last_activity_at < moment, and_(CHAT.c.last_activity_at == moment, CHAT.c.id < chat_id)
+            )
+        )
+    statement = (
+        select(
+            CHAT.c.id,
+            CHAT.c.type,
+            CHAT.c.title,
+            CHAT.c.description,
+            CHAT.c.history_visible,
+            CHAT.c.version,
+            CHAT.c.last_seq,
+            CHAT.c.member_count,
+            CHAT.c.created_at,
+            CHAT.c.last_activity_at,
+            MEMBER.c.role,
+            MEMBER.c.read_seq,
+            MEMBER.c.visible_from_seq,
+            MEMBER.c.joined_version,
+            CHAT.c.info_version,
+            peer.c.user_id.label("peer_id"),
+            peer.c.public_read_seq.label("peer_read_seq"),
+            peer.c.public_delivered_seq.label("peer_delivered_seq"),
+            unread_count.label("unread_count"),
+            last_hidden.label("last_message_hidden"),
+            *(last.c[column.name].label(f"last_{column.name}") for column in MESSAGE_COLUMNS),
+        )
+        .select_from(source)
+        .where(*conditions)
+        .order_by(CHAT.c.last_activity_at.desc(), CHAT.c.id.desc())
+        .limit(limit)
+    )
+    rows: list[ChatListRow] = []
+    for row in await session.execute(statement):
+        fields = tuple(row)
+        head, message = fields[:20], fields[20:]
+        rows.append(ChatListRow(*head, MessageRow(*message) if message[0] is not None else None))
+    return rows
+
+
+async def find_membership(session: AsyncSession, chat_id: int, user_id: int) -> MemberRow | None:
+    """A user's membership of a chat if it lasts."""
+    result = await session.execute(
+        select(*MEMBER_COLUMNS).where(
+            MEMBER.c.chat_id == chat_id, MEMBER.c.user_id == user_id, MEMBER.c.left_seq.is_(None)
+        )
+    )
+    row = result.first()
+    return MemberRow(*row) if row else None
+
+
+async def list_members(session: AsyncSession, chat_id: int, *, after: int, limit: int) -> list[MemberRow]:
+    """Who is in a chat, by user id."""
+    result = await session.execute(
+        select(*MEMBER_COLUMNS)
+        .where(MEMBER.c.chat_id == chat_id, MEMBER.c.user_id > after, MEMBER.c.left_seq.is_(None))
+        .order_by(MEMBER.c.user_id)
+        .limit(limit)
+    )
+    return [MemberRow(*row) for row in result]
+
+
+async def chat_version(session: AsyncSession, chat_id: int) -> int:
+    """The version of a chat; 0 when there is none."""
+    result = await session.execute(select(CHAT.c.version).where(CHAT.c.id == chat_id))
+    return result.scalar_one_or_none() or 0
+
+
+async def list_messages(
+    session: AsyncSession, chat_id: int, *, low: int, high: int, newest_first: bool, limit: int
+) -> list[MessageRow]:
+    """Messages with low <= seq <= high, from either end, always returned by rising seq."""
+    order = MESSAGE.c.seq.desc() if newest_first else MESSAGE.c.seq.asc()
+    result = await session.execute(
+        select(*MESSAGE_COLUMNS)
+        .where(MESSAGE.c.chat_id == chat_id, MESSAGE.c.seq >= low, MESSAGE.c.seq <= high)
+        .order_by(order)
+        .limit(limit)
+    )
+    rows = [MessageRow(*row) for row in result]
+    return rows[::-1] if newest_first else rows
+
+
+async def list_readers(session: AsyncSession, chat_id: int, seq: int) -> list[tuple[int, int, int, datetime | None]]:
+    """(user_id, read_seq, delivered_seq, read_at) of members whom a message has reached."""
+    result = await session.execute(
+        select(MEMBER.c.user_id, MEMBER.c.read_seq, MEMBER.c.delivered_seq, MEMBER.c.read_at).where(
+            MEMBER.c.chat_id == chat_id, MEMBER.c.left_seq.is_(None), MEMBER.c.delivered_seq >= seq
+        )
+    )
+    return [(row[0], row[1], row[2], row[3]) for row in result]

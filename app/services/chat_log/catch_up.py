@@ -1,0 +1,252 @@
+"""Catching up: what a client that knows version v of a chat needs to be as if it had never been away.
+
+Per chat the current version V is read first, then every row stamped after the client's version, oldest change first
+and without an upper bound; V, never more, is what the client is told it has. A row that changes meanwhile carries a
+newer version and comes again, live. So pages may be cut anywhere between two versions, and a page's own version is
+always safe to continue from.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from app.core.config import Settings
+from app.core.errors import Unavailable
+from app.db.database import Database
+from app.db.events import CatchUpEvent, ResetEvent
+from app.db.repositories import accounts as accounts_repository
+from app.db.repositories import chat_log as repository
+from app.db.repositories import chats as chats_repository
+from app.db.repositories import users as users_repository
+from app.db.repositories.chat_log import MessageRow
+from app.db.repositories.chats import ChatCursor
+from app.db.schemas import Message, ResumeIn
+from app.services.chat_log.views import chat_view, member_view, message_view
+from app.services.connection_manager import ConnectionManager, OnlineUser
+from app.services.user_service import user_view
+
+PAGE_MESSAGES = 100
+PAGE_MEMBERS = 200
+CONCURRENT_READS = 8
+
+
+async def visible_messages(
+    session: AsyncSession, user_id: int, chat_id: int, rows: Sequence[MessageRow]
+) -> list[Message]:
+    """Messages as one member sees them: those they deleted for themselves are empty."""
+    hidden = await repository.list_hidden(session, user_id, chat_id, [row.seq for row in rows])
+    return [message_view(row, hidden=row.seq in hidden) for row in rows]
+
+
+class CatchUpService:
+    """Reads what clients missed, for sockets and for REST alike."""
+
+    def __init__(self, *, settings: Settings, database: Database, connections: ConnectionManager, epoch: str) -> None:
+        self._settings = settings
+        self._database = database
+        self._connections = connections
+        self.epoch = epoch
+        # A storm of returning clients must leave the pool to those who send.
+        self._reads = asyncio.Semaphore(CONCURRENT_READS)
+
+    async def chat(self, user_id: int, chat_id: int, since: int | None) -> AsyncIterator[CatchUpEvent]:
+        """Everything of one chat after `since`, or the chat afresh; ends with `synced` or `chat_removed`."""
+        reset: ResetEvent | None = None
+        async with self._reads, self._database.reading() as session:
+            cursor = await chats_repository.find_cursor(session, chat_id, user_id)
+            if cursor is None:
+                yield {"type": "chat_removed", "account_version": None, "chat_id": chat_id}
+                return
+            afresh = (
+                since is None
+                or since < cursor.joined_version  # left and joined again: what was missed was not theirs to see
+                or since > cursor.version
+                or cursor.version - since > self._settings.resume_max_changes
+            )
+            if since is not None and not afresh:
+                members = await repository.list_changed_members(
+                    session, chat_id, after=since, limit=PAGE_MEMBERS + 1
+                )
+                afresh = len(members) > PAGE_MEMBERS
+            if since is None or afresh:
+                reset = await self._reset(session, user_id, cursor)
+        if reset is not None:
+            yield reset
+        elif since is not None:
+            async for event in self._changes(user_id, cursor, since):
+                yield event
+                if event["type"] == "chat_removed":
+                    return
+        yield {"type": "synced", "chat_id": chat_id, "version": cursor.version}
+
+    async def _reset(self, session: AsyncSession, user_id: int, cursor: ChatCursor) -> ResetEvent:
+        # The cursor was read first: rows read now may be newer than its version, never older.
+        chat_id = cursor.chat_id
+        rows = await chats_repository.list_chats(session, user_id, chat_ids=[chat_id], limit=1)
+        if not rows:
+            raise Unavailable("busy", "The chat changed while it was read; try again.")
+        chat = chat_view(rows[0])
+        chat["version"] = cursor.version
+        newest = await chats_repository.list_messages(
+            session,
+            chat_id,
+            low=rows[0].visible_from_seq,
+            high=rows[0].last_seq,
+            newest_first=True,
+            limit=PAGE_MESSAGES,
+        )
+        members = await chats_repository.list_members(session, chat_id, after=0, limit=PAGE_MEMBERS)
+        messages = await visible_messages(session, user_id, chat_id, newest)
+        people = {row.user_id for row in members} | {message["sender_id"] for message in messages}
+        users = await users_repository.list_users(session, sorted(people))
+        return {
+            "type": "reset",
+            "chat_id": chat_id,
+            "version": cursor.version,
+            "chat": chat,
+            "messages": messages,
+            "members": [member_view(row) for row in members],
+            "members_complete": len(members) >= chat["member_count"],
+            "users": [user_view(row) for row in users],
+        }
+
+    async def _changes(self, user_id: int, cursor: ChatCursor, since: int) -> AsyncIterator[CatchUpEvent]:
+        chat_id, target = cursor.chat_id, cursor.version
+        after = since
+        while after < target:
+            async with self._reads, self._database.reading() as session:
+                member = await chats_repository.find_membership(session, chat_id, user_id)
+                if member is None or member.joined_version > since:
+                    yield {"type": "chat_removed", "account_version": None, "chat_id": chat_id}
+                    return
+                rows = await repository.list_changed_messages(
+                    session, chat_id, after=after, visible_from=member.visible_from_seq, limit=PAGE_MESSAGES
+                )
+                upto = target
+                if len(rows) == PAGE_MESSAGES:
+                    upto = min(target, rows[-1].version)
+                members = await repository.list_changed_members(session, chat_id, after=after, limit=PAGE_MEMBERS * 10)
+                messages = await visible_messages(session, user_id, chat_id, rows)
+                [info] = await repository.find_chats(session, [chat_id])
+            yield {
+                "type": "chat_changes",
+                "chat_id": chat_id,
+                "prev": after,
+                "version": upto,
+                "messages": messages,
+                "members": [member_view(row) for row in members],
+                "info": {
+                    "title": info.title,
+                    "description": info.description,
+                    "history_visible": info.history_visible,
+                    "member_count": info.member_count,
+                }
+                if info.info_version > after or members
+                else None,
+            }
+            after = upto
+
+    async def resume(self, user: OnlineUser, state: ResumeIn, ref: str | None) -> AsyncIterator[CatchUpEvent]:
+        """The answer to `resume` on a socket, whose live events are held meanwhile. Raises Unavailable."""
+        cursors = await self._connections.load_chats(user)
+        async for event in self._resume(user.id, state, cursors, ref, tell_unchanged=True):
+            yield event
+
+    async def resume_page(self, user_id: int, state: ResumeIn) -> list[CatchUpEvent]:
+        """The answer to a resume over REST: as much as fits one response, ending with `resumed`."""
+        async with self._database.reading() as session:
+            cursors = await chats_repository.list_cursors(session, user_id)
+        events: list[CatchUpEvent] = []
+        weight = 0
+        async for event in self._resume(user_id, state, cursors, None, tell_unchanged=False):
+            events.append(event)
+            if event["type"] in ("chat_changes", "reset"):
+                weight += 1 + len(event["messages"])
+            if weight >= PAGE_MESSAGES * 5 and event["type"] != "resumed":
+                # The account's own version is told only at the very end: asking again repeats its few events.
+                events.append(
+                    {
+                        "type": "resumed",
+                        "ref": None,
+                        "epoch": self.epoch,
+                        "account_version": state.account_version,
+                        "complete": False,
+                    }
+                )
+                break
+        return events
+
+    async def _resume(
+        self, user_id: int, state: ResumeIn, cursors: Sequence[ChatCursor], ref: str | None, *, tell_unchanged: bool
+    ) -> AsyncIterator[CatchUpEvent]:
+        known = {int(chat_id): version for chat_id, version in state.chats.items()}
+        mine = {cursor.chat_id for cursor in cursors}
+        same_epoch = state.epoch is None or state.epoch == self.epoch
+        async with self._reads, self._database.reading() as session:
+            account_version = (await users_repository.account_versions(session, [user_id])).get(user_id, 0)
+            account_events: list[CatchUpEvent] = []
+            if state.account_version != account_version or not same_epoch:
+                after = state.account_version if same_epoch and state.account_version < account_version else 0
+                account_events = [
+                    event async for event in self._account_events(session, user_id, after, account_version)
+                ]
+        for event in account_events:
+            yield event
+        for chat_id in known.keys() - mine:
+            yield {"type": "chat_removed", "account_version": None, "chat_id": chat_id}
+        for cursor in cursors:
+            since = known.get(cursor.chat_id) if same_epoch else None
+            if since == cursor.version and since >= cursor.joined_version:
+                if tell_unchanged:
+                    yield {"type": "synced", "chat_id": cursor.chat_id, "version": cursor.version}
+                continue
+            async for event in self.chat(user_id, cursor.chat_id, since):
+                yield event
+        yield {
+            "type": "resumed",
+            "ref": ref,
+            "epoch": self.epoch,
+            "account_version": account_version,
+            "complete": True,
+        }
+
+    async def _account_events(
+        self, session: AsyncSession, user_id: int, after: int, account_version: int
+    ) -> AsyncIterator[CatchUpEvent]:
+        """What only this user sees and that changed after an account version. Chats that were joined come as
+        `reset`, so a client that starts from nothing needs only its blocks."""
+        for pair in await accounts_repository.list_changed_blocks(session, user_id, after=after):
+            yield {
+                "type": "block_changed",
+                "account_version": pair.account_version,
+                "user_id": pair.user_id,
+                "blocked": pair.blocked,
+            }
+        if after:
+            for mark in await accounts_repository.list_changed_marks(session, user_id, after=after):
+                if mark.left:
+                    yield {
+                        "type": "chat_removed",
+                        "account_version": mark.account_version,
+                        "chat_id": mark.chat_id,
+                    }
+                elif mark.read_seq:
+                    yield {
+                        "type": "read_mark",
+                        "account_version": mark.account_version,
+                        "chat_id": mark.chat_id,
+                        "seq": mark.read_seq,
+                    }
+            for hidden in await accounts_repository.list_changed_hidden(session, user_id, after=after):
+                yield {
+                    "type": "message_hidden",
+                    "account_version": hidden.account_version,
+                    "chat_id": hidden.chat_id,
+                    "message_id": hidden.message_id,
+                    "seq": hidden.seq,
+                }
+        profile_version = await accounts_repository.profile_version(session, user_id)
+        yield {"type": "profile_changed", "account_version": account_version, "profile_version": profile_version}

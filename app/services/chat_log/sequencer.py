@@ -1,0 +1,244 @@
+"""Lets each chat's versions out strictly one after the other, and heals what was lost between commit and delivery.
+
+Commit order and announcement order differ: two transactions of one chat may finish in the other order, and a crash
+or a lossy bus may swallow an announcement. A version that comes early waits; a hole that does not fill at once is
+read from the database; and a sweep finds changes that nobody announced at all.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+from app.core.clock import Clock
+from app.core.config import Settings
+from app.core.errors import Unavailable
+from app.db.database import Database
+from app.db.events import ChatChangesEvent, ChatEvent
+from app.db.repositories import chat_log as repository
+from app.services.chat_log.changes import Announcement, Appended
+from app.services.chat_log.roster import Roster, RosterCache, load_rosters
+from app.services.chat_log.views import member_view, message_view
+from app.services.connection_manager import Channel, ConnectionManager
+from app.services.transport import Frames
+
+log = logging.getLogger(__name__)
+
+HOLE_SECONDS = 0.1
+"""How long an early version waits for the one before it."""
+SWEEP_WINDOW_SECONDS = 30
+HEAL_ROWS = 500
+
+
+class Sequencer:
+    """Announces what was committed, to the connections of this process."""
+
+    def __init__(
+        self,
+        *,
+        settings: Settings,
+        clock: Clock,
+        database: Database,
+        rosters: RosterCache,
+        connections: ConnectionManager,
+    ) -> None:
+        self._settings = settings
+        self._clock = clock
+        self._database = database
+        self._rosters = rosters
+        self._connections = connections
+        self._early: dict[int, list[Announcement]] = {}
+        self._behind: dict[int, int] = {}
+        self._task: asyncio.Task[None] | None = None
+        self.healed = 0
+
+    def start(self) -> None:
+        """Begin sweeping."""
+        self._task = asyncio.create_task(self._sweep(), name="sweep")
+
+    async def stop(self) -> None:
+        """End sweeping."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    def announce(self, appended: Appended) -> None:
+        """Let out what a committed transaction appended. Call it after the commit, never before."""
+        for roster in appended.rosters:
+            self._rosters.put(roster)
+        for announcement in appended.announcements:
+            self.offer(announcement)
+        for user_id, event in appended.account_events:
+            self._connections.send_to_user(user_id, event)
+
+    def offer(self, announcement: Announcement) -> None:
+        """Release an announcement when its turn has come; keep it until then."""
+        chat_id = announcement.chat_id
+        channel = self._connections.channels.get(chat_id)
+        if channel is None:
+            # Nobody who was in the chat is online here. Somebody who just came in may be.
+            for user_id in announcement.joined:
+                self._connections.join(user_id, chat_id, announcement.version)
+            return
+        if announcement.prev > channel.version:
+            early = self._early.setdefault(chat_id, [])
+            early.append(announcement)
+            early.sort(key=lambda waiting: waiting.prev)
+            if channel.heal_at is None:
+                channel.heal_at = self._clock.monotonic() + HOLE_SECONDS
+                self._connections.spawn(self._heal_later(channel), "heal")
+            return
+        self._release(channel, announcement)
+        self._release_early(channel)
+
+    def _release_early(self, channel: Channel) -> None:
+        early = self._early.get(channel.chat_id)
+        while early and early[0].prev <= channel.version:
+            self._release(channel, early.pop(0))
+        if not early:
+            self._early.pop(channel.chat_id, None)
+
+    def _release(self, channel: Channel, announcement: Announcement) -> None:
+        if announcement.version > channel.version:
+            channel.version = announcement.version
+            for user_id in announcement.left:
+                self._connections.leave(user_id, announcement.chat_id)
+            self._deliver(channel, announcement)
+        for user_id in announcement.joined:
+            self._connections.join(user_id, announcement.chat_id, channel.version)
+
+    def _deliver(self, channel: Channel, announcement: Announcement) -> None:
+        chat_id, version, roster = announcement.chat_id, announcement.version, announcement.roster
+        frames = Frames.of(*announcement.events)
+        oldest = min((seq for seq in announcement.seqs if seq), default=roster.max_visible_from)
+        everybody_may_see_all = oldest >= roster.max_visible_from
+        for connection in channel.audience(roster):
+            member = roster.members[connection.user_id]
+            if everybody_may_see_all or oldest >= member.visible_from_seq:
+                connection.deliver(chat_id, version, frames)
+            else:
+                connection.deliver(chat_id, version, Frames.of(*_without_unseen(announcement, member.visible_from_seq)))
+
+    # --- healing ---
+
+    async def _heal_later(self, channel: Channel) -> None:
+        """Wait for the missing version a moment, then read it; keep at it while the database is away."""
+        while self._connections.channels.get(channel.chat_id) is channel:
+            await asyncio.sleep(HOLE_SECONDS)
+            early = self._early.get(channel.chat_id)
+            if not early:
+                break
+            try:
+                await self.heal(channel)
+            except Unavailable:
+                continue
+            self._release_early(channel)
+        channel.heal_at = None
+        if self._connections.channels.get(channel.chat_id) is not channel:
+            self._early.pop(channel.chat_id, None)  # nobody is left to hear it
+
+    async def heal(self, channel: Channel) -> None:
+        """Read what was not let out from the database and let it out as one `chat_changes`."""
+        chat_id = channel.chat_id
+        prev = channel.version
+        async with self._database.reading() as session:
+            rows = await repository.find_chats(session, [chat_id])
+            if not rows:
+                return
+            [chat] = rows
+            [roster] = await load_rosters(session, rows)
+            if chat.version <= prev:
+                return
+            messages = await repository.list_changed_messages(
+                session, chat_id, after=prev, visible_from=1, limit=HEAL_ROWS + 1
+            )
+            members = await repository.list_changed_members(session, chat_id, after=prev, limit=HEAL_ROWS + 1)
+        if channel.version != prev:
+            return  # the announcement came while we were reading
+        self._rosters.put(roster)
+        self.healed += 1
+        log.warning("hole_healed", extra={"chat_id": chat_id, "prev": prev, "version": chat.version})
+        if len(messages) > HEAL_ROWS or len(members) > HEAL_ROWS:
+            # Too much for one frame: each connection catches up at its own pace.
+            channel.version = chat.version
+            self._follow_members(roster, channel)
+            for connection in channel.audience(roster):
+                connection.catch_up(chat_id, prev)
+            return
+        changed_info = chat.info_version > prev or members
+        event: ChatChangesEvent = {
+            "type": "chat_changes",
+            "chat_id": chat_id,
+            "version": chat.version,
+            "prev": prev,
+            "messages": [message_view(row) for row in messages],
+            "members": [member_view(row) for row in members],
+            "info": {
+                "title": chat.title,
+                "description": chat.description,
+                "history_visible": chat.history_visible,
+                "member_count": chat.member_count,
+            }
+            if changed_info
+            else None,
+        }
+        self._follow_members(roster, channel)
+        seqs = [min((row.seq for row in messages), default=0)]
+        self._release(channel, Announcement(chat_id, prev, chat.version, roster, [event], seqs))
+
+    def _follow_members(self, roster: Roster, channel: Channel) -> None:
+        """Nobody announced who left: unsubscribe whoever is no member by the roster just read."""
+        for user_id in {connection.user_id for connection in channel.connections}:
+            if user_id not in roster.members:
+                self._connections.leave(user_id, channel.chat_id)
+
+    async def _sweep(self) -> None:
+        while True:
+            await asyncio.sleep(self._settings.sweep_seconds)
+            try:
+                await self.sweep()
+            except Unavailable:
+                log.info("sweep_without_database")
+            except Exception:
+                log.exception("sweep_failed")
+
+    async def sweep(self) -> None:
+        """Heal chats whose changes were committed but not let out since the sweep before this one."""
+        if not self._connections.channels:
+            return
+        async with self._database.reading() as session:
+            changed = await repository.list_changed_chats(session, SWEEP_WINDOW_SECONDS)
+        behind: dict[int, int] = {}
+        for chat_id, version in changed:
+            channel = self._connections.channels.get(chat_id)
+            if channel is None or channel.version >= version:
+                continue
+            # What the last sweep saw already is lost; what is new may just be on its way.
+            if channel.version < self._behind.get(chat_id, 0):
+                await self.heal(channel)
+                self._release_early(channel)
+            else:
+                behind[chat_id] = version
+        self._behind = behind
+
+
+def _without_unseen(announcement: Announcement, visible_from: int) -> list[ChatEvent]:
+    """The same versions without messages from before a member's time."""
+    events: list[ChatEvent] = []
+    for event, seq in zip(announcement.events, announcement.seqs, strict=True):
+        if not seq or seq >= visible_from:
+            events.append(event)
+            continue
+        seen = event["messages"] if event["type"] == "chat_changes" else []
+        events.append(
+            {
+                "type": "chat_changes",
+                "chat_id": announcement.chat_id,
+                "version": event["version"],
+                "prev": event["prev"],
+                "messages": [message for message in seen if message["seq"] >= visible_from],
+                "members": event["members"] if event["type"] == "chat_changes" else [],
+                "info": event["info"] if event["type"] == "chat_changes" else None,
+            }
+        )
+    return events

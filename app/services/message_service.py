@@ -1,0 +1,231 @@
+"""Messages: sending, editing, deleting, marks, history. One path for socket and REST: the writer."""
+
+from __future__ import annotations
+
+import uuid
+from collections import OrderedDict
+
+from app.core.clock import Clock
+from app.core.config import Settings
+from app.core.errors import BadInput, TooLarge, TooManyRequests, chat_not_found, message_not_found
+from app.db.database import Database
+from app.db.events import (
+    DeleteMessageCommand,
+    EditMessageCommand,
+    MessageDeliveredCommand,
+    MessageReadCommand,
+    NewMessageCommand,
+)
+from app.db.repositories import accounts as accounts_repository
+from app.db.repositories import chat_log as log_repository
+from app.db.repositories import chats as chats_repository
+from app.db.schemas import MAX_ID, History, Message, Readers
+from app.services.chat_log.catch_up import visible_messages
+from app.services.chat_log.changes import DeleteMessage, Done, EditMessage, Mark, SendMessage
+from app.services.chat_log.views import timestamp
+from app.services.chat_log.writer import OnDone, Writer
+from app.services.token_bucket import TokenBucket
+from app.services.unit_of_work import UnitOfWork
+
+StoredCommand = (
+    NewMessageCommand | EditMessageCommand | DeleteMessageCommand | MessageReadCommand | MessageDeliveredCommand
+)
+LIMITED_ACCOUNTS_MAX = 100_000
+
+
+class MessageService:
+    """What people do with messages."""
+
+    def __init__(self, *, settings: Settings, clock: Clock, database: Database, writer: Writer) -> None:
+        self._settings = settings
+        self._clock = clock
+        self._database = database
+        self._writer = writer
+        self._buckets: OrderedDict[int, TokenBucket] = OrderedDict()
+
+    # --- writing ---
+
+    def submit(self, user_id: int, command: StoredCommand, on_done: OnDone) -> None:
+        """Queue a socket's command; `on_done` is called once it is committed or refused.
+
+        Raises what can be refused at once: limits, sizes, an overloaded server.
+        """
+        self._writer.submit(self._change(user_id, command), on_done)
+
+    async def write(self, user_id: int, command: StoredCommand) -> Done:
+        """Do a command and wait until it is committed. Raises what refused it."""
+        return await self._writer.write(self._change(user_id, command))
+
+    def _change(
+        self, user_id: int, command: StoredCommand
+    ) -> SendMessage | EditMessage | DeleteMessage | Mark:
+        match command:
+            case NewMessageCommand():
+                self._check_content(command.content)
+                self._check_rate(user_id)
+                return SendMessage(
+                    chat_id=command.chat_id,
+                    user_id=user_id,
+                    # Without an id of the client's a retry cannot be told from a second message.
+                    client_id=(command.client_id or uuid.uuid4()).bytes,
+                    content=command.content,
+                    message_type=command.message_type,
+                    reply_to=command.reply_to,
+                )
+            case EditMessageCommand():
+                self._check_content(command.content)
+                self._check_rate(user_id)
+                return EditMessage(command.chat_id, user_id, command.message_id, command.content)
+            case DeleteMessageCommand():
+                self._check_rate(user_id)
+                return DeleteMessage(command.chat_id, user_id, command.message_id)
+            case MessageReadCommand():
+                return Mark(command.chat_id, user_id, command.message_id, "read")
+            case MessageDeliveredCommand():
+                return Mark(command.chat_id, user_id, command.message_id, "delivered")
+
+    def _check_content(self, content: str) -> None:
+        if len(content) > self._settings.max_message_chars:
+            raise TooLarge(
+                "message_too_long", f"A message has at most {self._settings.max_message_chars} characters."
+            )
+        if not content.strip():
+            raise BadInput("message_empty", "A message needs some text.", field="content")
+
+    def _check_rate(self, user_id: int) -> None:
+        if not self._settings.limit_messages_per_second:
+            return
+        bucket = self._buckets.get(user_id)
+        if bucket is None:
+            bucket = self._buckets[user_id] = TokenBucket(
+                self._settings.limit_messages_per_second, self._settings.limit_messages_burst, self._clock
+            )
+            if len(self._buckets) > LIMITED_ACCOUNTS_MAX:
+                self._buckets.popitem(last=False)
+        if wait := bucket.take():
+            raise TooManyRequests("rate_limited", "Too many messages; slow down.", retry_after=wait)
+
+    async def hide(self, uow: UnitOfWork, user_id: int, chat_id: int, message_id: int) -> None:
+        """Delete a message for oneself only. Does nothing the second time."""
+        session = uow.session
+        # The user's row is locked by numbering the change; look first so that a repeat numbers nothing.
+        row = await self._find_visible(session, user_id, chat_id, message_id)
+        account_version = await uow.next_account_version(user_id)
+        if await log_repository.list_hidden(session, user_id, chat_id, [row.seq]):
+            return
+        await accounts_repository.hide_message(
+            session,
+            user_id=user_id,
+            chat_id=chat_id,
+            seq=row.seq,
+            message_id=row.id,
+            account_version=account_version,
+        )
+        uow.announce_account(
+            user_id,
+            {
+                "type": "message_hidden",
+                "account_version": account_version,
+                "chat_id": chat_id,
+                "message_id": row.id,
+                "seq": row.seq,
+            },
+        )
+
+    # --- reading ---
+
+    async def history(
+        self,
+        user_id: int,
+        chat_id: int,
+        *,
+        before: int | None,
+        after: int | None,
+        around: int | None,
+        limit: int,
+    ) -> History:
+        """A page of a chat: the newest messages, or those before, after or around a seq."""
+        if sum(value is not None for value in (before, after, around)) > 1:
+            raise BadInput("invalid_request", "Give at most one of before, after and around.", field="before")
+        limit = min(limit, self._settings.page_size_max)
+        async with self._database.reading() as session:
+            version = await chats_repository.chat_version(session, chat_id)
+            member = await chats_repository.find_membership(session, chat_id, user_id)
+            if member is None:
+                raise chat_not_found()
+            low = member.visible_from_seq
+            has_after = False
+            if after is not None:
+                rows = await chats_repository.list_messages(
+                    session, chat_id, low=max(low, after + 1), high=MAX_ID, newest_first=False, limit=limit + 1
+                )
+                has_after = len(rows) > limit
+                rows = rows[:limit]
+            elif around is not None:
+                older = await chats_repository.list_messages(
+                    session, chat_id, low=low, high=around, newest_first=True, limit=max(1, limit // 2)
+                )
+                room = limit - len(older)
+                newer = await chats_repository.list_messages(
+                    session, chat_id, low=max(low, around + 1), high=MAX_ID, newest_first=False, limit=room + 1
+                )
+                has_after = len(newer) > room
+                rows = older + newer[:room]
+            else:
+                high = MAX_ID if before is None else before - 1
+                rows = await chats_repository.list_messages(
+                    session, chat_id, low=low, high=high, newest_first=True, limit=limit
+                )
+                if before is not None:
+                    newest = rows[-1].seq if rows else before - 1
+                    has_after = bool(
+                        await chats_repository.list_messages(
+                            session, chat_id, low=max(low, newest + 1), high=MAX_ID, newest_first=False, limit=1
+                        )
+                    )
+            items = await visible_messages(session, user_id, chat_id, rows)
+            # seq is dense, so whoever does not see the first visible one sees something before.
+            first = rows[0].seq if rows else (after + 1 if after is not None else low)
+            return {"items": items, "version": version, "has_before": first > low, "has_after": has_after}
+
+    async def get(self, user_id: int, chat_id: int, message_id: int) -> Message:
+        """One message of a chat."""
+        async with self._database.reading() as session:
+            row = await self._find_visible(session, user_id, chat_id, message_id)
+            [message] = await visible_messages(session, user_id, chat_id, [row])
+            return message
+
+    async def readers(self, user_id: int, chat_id: int, message_id: int) -> Readers:
+        """Who has read a message, and whom it has reached; the sender aside."""
+        async with self._database.reading() as session:
+            message = await self._find_visible(session, user_id, chat_id, message_id)
+            blockers: frozenset[int] = frozenset()
+            rows = await chats_repository.list_readers(session, chat_id, message.seq)
+            pairs = [(min(user_id, row[0]), max(user_id, row[0])) for row in rows if row[0] != user_id]
+            for low, high, low_blocks, high_blocks in await log_repository.list_blocks(session, pairs):
+                if low_blocks or high_blocks:
+                    blockers |= {low, high}
+        reached = [
+            (member_id, read_seq, read_at)
+            for member_id, read_seq, _, read_at in rows
+            if member_id != message.sender_id and (member_id == user_id or member_id not in blockers)
+        ]
+        return {
+            "read_by": [
+                {"user_id": member_id, "read_at": timestamp(read_at) if read_at else None}
+                for member_id, read_seq, read_at in reached
+                if read_seq >= message.seq
+            ],
+            "delivered_to": [member_id for member_id, _, _ in reached],
+        }
+
+    async def _find_visible(
+        self, session: log_repository.AsyncSession, user_id: int, chat_id: int, message_id: int
+    ) -> log_repository.MessageRow:
+        member = await chats_repository.find_membership(session, chat_id, user_id)
+        if member is None:
+            raise chat_not_found()
+        rows = await log_repository.find_messages(session, [message_id])
+        if not rows or rows[0].chat_id != chat_id or rows[0].seq < member.visible_from_seq:
+            raise message_not_found()
+        return rows[0]
