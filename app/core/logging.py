@@ -1,0 +1,207 @@
+"""Logs: one line per event, with the request's id, and without anybody's secrets or words.
+
+Everything goes through one handler on the root logger, uvicorn's own lines included, whichever way the server
+was started. Line breaks in what may have come from outside are spelled out, so that nobody can forge a line.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+from collections.abc import Mapping
+from contextvars import ContextVar
+from typing import Any
+
+import orjson
+import structlog
+from structlog.types import EventDict, Processor, WrappedLogger
+
+from app.core.config import Settings
+
+request_id: ContextVar[str] = ContextVar("request_id", default="")
+"""Id of the request or socket this code runs for; empty outside of one."""
+
+REDACTED = "[redacted]"
+SECRET_KEYS = (
+    "authorization",
+    "access_token",
+    "refresh_token",
+    "token",
+    "ticket",
+    "password_hash",
+    "password",
+    "secret_key",
+    "secret",
+    "code",
+    "cookie",
+)
+_NAMES = "|".join(SECRET_KEYS)
+
+# An access token, a bearer header, a name with its value (in a URL, a form, JSON or a repr), a phone.
+_JWT = re.compile(r"\beyJ[\w-]{5,}\.[\w-]+\.[\w-]*")
+_BEARER = re.compile(r"(?i)\b(bearer\s+)[^\s\"',]+")
+_ASSIGNED = re.compile(rf"(?i)\b({_NAMES})=[^&\s\"']+")
+_QUOTED = re.compile(rf"""(?i)(["']({_NAMES})["']\s*:\s*)(?:"[^"]*"?|'[^']*'?)""")
+_PHONE = re.compile(r"(\+|%2[Bb])\d[\d() -]{5,18}(\d{2})(?!\d)")
+_CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160), 0x2028, 0x2029)}
+_CONTROLS |= {0x0A: "\\n", 0x0D: "\\r", 0x09: "\\t", 0x2028: "\\u2028", 0x2029: "\\u2029"}
+# uvicorn logs a WebSocket's path with its query, where even the token's name may be spelled with % signs.
+_UVICORN_QUERY = re.compile(r"\?[^\s\"]*")
+
+
+def redact(text: str) -> str:
+    """`text` without tokens, passwords and phones."""
+    text = _JWT.sub(REDACTED, text)
+    text = _BEARER.sub(rf"\1{REDACTED}", text)
+    text = _ASSIGNED.sub(rf"\1={REDACTED}", text)
+    text = _QUOTED.sub(rf'\1"{REDACTED}"', text)
+    return _PHONE.sub(r"\1***\2", text)
+
+
+def one_line(text: str) -> str:
+    """`text` with its control characters spelled out."""
+    return text.translate(_CONTROLS)
+
+
+def _clean(value: object) -> object:
+    """A logged value, fit to be printed."""
+    if isinstance(value, str):
+        return one_line(redact(value))
+    if isinstance(value, (bool, int, float)) or value is None:
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): _clean_field(str(key), item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [_clean(item) for item in value]
+    return one_line(redact(repr(value)))
+
+
+def _clean_field(key: str, value: object) -> object:
+    if key.lower() in SECRET_KEYS:
+        return REDACTED
+    if key.lower() == "phone":
+        return f"***{str(value)[-2:]}"
+    return _clean(value)
+
+
+def _add_request_id(_logger: WrappedLogger, _name: str, event: EventDict) -> EventDict:
+    if current := request_id.get():
+        event["request_id"] = current
+    return event
+
+
+def _hide_parameters(_logger: WrappedLogger, _name: str, event: EventDict) -> EventDict:
+    """Keep people's words out of tracebacks: a database error prints the parameters of its statement."""
+    info = event.get("exc_info")
+    error = info[1] if isinstance(info, tuple) else info
+    seen: set[int] = set()
+    while isinstance(error, BaseException) and id(error) not in seen:
+        seen.add(id(error))
+        if hasattr(error, "hide_parameters"):
+            error.hide_parameters = True
+        error = error.__cause__ or error.__context__
+    return event
+
+
+def _clean_event(_logger: WrappedLogger, _name: str, event: EventDict) -> EventDict:
+    for key, value in event.items():
+        if key.startswith("_"):
+            continue  # what structlog keeps for itself
+        if key == "exception" and isinstance(value, str):
+            # Tracebacks keep their lines, each indented, so that none can pass for a line of the log.
+            event[key] = "\n".join(f"    {one_line(line)}" for line in redact(value).splitlines())
+        else:
+            event[key] = _clean_field(key, value)
+    return event
+
+
+def _to_json(event: EventDict, **_: Any) -> str:
+    return orjson.dumps(event, option=orjson.OPT_NON_STR_KEYS, default=repr).decode()
+
+
+def _to_console(_logger: WrappedLogger, _name: str, event: EventDict) -> str:
+    stamp, level, text = event.pop("timestamp"), event.pop("level"), event.pop("event")
+    source, exception = event.pop("logger", ""), event.pop("exception", None)
+    fields = "".join(f" {key}={_plain(value)}" for key, value in event.items())
+    line = f"{stamp} {level.upper():<7} {source}: {text}{fields}"
+    return f"{line}\n{exception}" if exception else line
+
+
+def _plain(value: object) -> str:
+    text = str(value)
+    return f'"{text}"' if " " in text or not text else text
+
+
+class _Handler(logging.StreamHandler[Any]):
+    """Ours, so that configuring twice replaces it and leaves other people's handlers alone."""
+
+
+class _UvicornFilter(logging.Filter):
+    """Makes uvicorn's lines fit: no queries, and no traceback where a client sent nonsense."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        if message.startswith("Invalid UTF-8 sequence"):
+            record.exc_info = None
+            record.levelno, record.levelname = logging.INFO, "INFO"
+        record.msg, record.args = _UVICORN_QUERY.sub(f"?{REDACTED}", message).strip(), ()
+        record.__dict__.pop("color_message", None)  # the same line again, for terminals
+        return True
+
+
+def configure_logging(settings: Settings) -> None:
+    """Send all logs of this process to stderr, in the format and from the level that the settings name."""
+    shared: list[Processor] = [
+        structlog.stdlib.add_log_level,
+        structlog.stdlib.add_logger_name,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        _add_request_id,
+    ]
+    last = structlog.processors.JSONRenderer(_to_json) if settings.log_format == "json" else _to_console
+    formatter = structlog.stdlib.ProcessorFormatter(
+        foreign_pre_chain=[*shared, structlog.stdlib.ExtraAdder()],
+        processors=[
+            structlog.stdlib.ProcessorFormatter.remove_processors_meta,
+            _hide_parameters,
+            structlog.processors.format_exc_info,
+            _clean_event,
+            last,
+        ],
+    )
+    structlog.configure(
+        processors=[
+            structlog.stdlib.filter_by_level,
+            *shared,
+            structlog.stdlib.ProcessorFormatter.wrap_for_formatter,
+        ],
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        wrapper_class=structlog.stdlib.BoundLogger,
+        cache_logger_on_first_use=False,
+    )
+    handler = _Handler(sys.stderr)
+    handler.setFormatter(formatter)
+    root = logging.getLogger()
+    for old in [old for old in root.handlers if isinstance(old, _Handler)]:
+        root.removeHandler(old)
+    root.addHandler(handler)
+
+    # Libraries at DEBUG print statements, headers and frames with all that is in them: only our own code may.
+    level = logging.getLevelNamesMapping()[settings.log_level]
+    quiet = max(level, logging.INFO)
+    root.setLevel(quiet)
+    logging.getLogger("app").setLevel(level)
+    for name in ("uvicorn", "uvicorn.error", "uvicorn.asgi"):
+        logger = logging.getLogger(name)
+        logger.handlers.clear()
+        logger.propagate = True
+        logger.setLevel(quiet)
+    error_log = logging.getLogger("uvicorn.error")
+    for known in [known for known in error_log.filters if isinstance(known, _UvicornFilter)]:
+        error_log.removeFilter(known)
+    error_log.addFilter(_UvicornFilter())
+    # Requests are logged by our own middleware.
+    access_log = logging.getLogger("uvicorn.access")
+    access_log.handlers.clear()
+    access_log.propagate = False
+    logging.getLogger("alembic").setLevel(logging.WARNING)
