@@ -1,0 +1,61 @@
+"""What routes ask for: the services, who is calling, a unit of work. A signature reads like a policy."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Annotated
+
+from fastapi import Depends, Request
+from fastapi.security import OAuth2PasswordBearer
+from starlette.requests import HTTPConnection
+
+from app.core.errors import Unauthenticated
+from app.services.auth_service import Caller
+from app.services.container import Services
+from app.services.unit_of_work import UnitOfWork
+
+# The scheme makes Swagger's Authorize work. With `auto_error` FastAPI itself would answer, without a problem.
+bearer = OAuth2PasswordBearer(
+    tokenUrl="/api/v1/auth/token",
+    auto_error=False,
+    description="The access token of `POST /api/v1/auth/token`; log in with phone and password.",
+)
+
+
+def get_services(connection: HTTPConnection) -> Services:
+    """The parts of this process; of a request or of a socket."""
+    services: Services = connection.app.state.services
+    return services
+
+
+ServicesDep = Annotated[Services, Depends(get_services)]
+
+
+async def get_caller(services: ServicesDep, token: Annotated[str | None, Depends(bearer)]) -> Caller:
+    """Who is calling. Raises Unauthenticated, and TooManyRequests for one who calls too often."""
+    if not token:
+        raise Unauthenticated
+    caller = await services.auth.authenticate(token)
+    await services.rate_limiter.hit("requests_per_user", caller.user_id)
+    return caller
+
+
+CallerDep = Annotated[Caller, Depends(get_caller)]
+
+
+async def get_uow(services: ServicesDep) -> AsyncIterator[UnitOfWork]:
+    """A unit of work that commits before the answer leaves."""
+    async with services.unit_of_work() as uow:
+        yield uow
+
+
+# `function`: the default scope would commit after the response, too late to tell of a failed commit.
+UowDep = Annotated[UnitOfWork, Depends(get_uow, scope="function")]
+
+
+def get_client_ip(request: Request) -> str:
+    """Where the request comes from; the proxies that the settings trust are already seen through."""
+    return request.client.host if request.client else ""
+
+
+ClientIp = Annotated[str, Depends(get_client_ip)]

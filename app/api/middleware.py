@@ -1,0 +1,264 @@
+"""What happens around every request, as plain ASGI: ids, the access log, headers, body limits, the last resort.
+
+From the outside in: StartupGuard, RequestLog, SecurityHeaders, CORS, LastResort, BodyGuard.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import re
+import secrets
+from collections.abc import Iterable
+
+import orjson
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.websockets import WebSocketDisconnect
+
+from app.api.problems import BodyRefused, error_response, internal_error
+from app.core.clock import Clock
+from app.core.config import Settings
+from app.core.errors import BadInput, DialectError, StartupError, TooLarge
+from app.core.logging import request_id
+
+log = logging.getLogger(__name__)
+access_log = logging.getLogger("app.access")
+
+REQUEST_ID = "X-Request-ID"
+SANE_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
+QUIET_PATHS = ("/health/",)
+"""Asked every few seconds by machines: logged only when they fail."""
+
+
+def middleware(settings: Settings, clock: Clock) -> list[Middleware]:
+    """The stack, outermost first."""
+    stack = [
+        Middleware(StartupGuard),
+        Middleware(RequestLog, clock=clock),
+        Middleware(SecurityHeaders, hsts_seconds=settings.hsts_seconds),
+    ]
+    if settings.allowed_origins:
+        stack.append(
+            Middleware(
+                CORSMiddleware,
+                allow_origins=settings.allowed_origins,
+                allow_credentials=False,  # we use no cookies, and so no page can borrow a visitor's
+                allow_methods=["GET", "POST", "PUT", "PATCH", "DELETE"],
+                allow_headers=["Authorization", "Content-Type", REQUEST_ID],
+                expose_headers=[REQUEST_ID, "Retry-After"],
+                max_age=600,
+            )
+        )
+    return [*stack, Middleware(LastResort), Middleware(BodyGuard, max_bytes=settings.max_body_bytes)]
+
+
+class StartupGuard:
+    """Turns a failed start into one sentence: Starlette would send its traceback to uvicorn's log."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "lifespan":
+            await self.app(scope, receive, send)
+            return
+        failed = ""
+
+        async def hold_back(message: Message) -> None:
+            nonlocal failed
+            if message["type"] in ("lifespan.startup.failed", "lifespan.shutdown.failed"):
+                failed = message["type"]
+            else:
+                await send(message)
+
+        try:
+            await self.app(scope, receive, hold_back)
+        except StartupError as error:
+            await send({"type": failed or "lifespan.startup.failed", "message": str(error)})
+        except Exception as error:
+            log.exception("lifespan_failed")
+            await send(
+                {
+                    "type": failed or "lifespan.startup.failed",
+                    "message": f"{type(error).__name__}, see above.",
+                }
+            )
+
+
+class RequestLog:
+    """Gives every request an id, and its line in the log once it is answered."""
+
+    def __init__(self, app: ASGIApp, clock: Clock) -> None:
+        self.app = app
+        self.clock = clock
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] not in ("http", "websocket"):
+            await self.app(scope, receive, send)
+            return
+        given = Headers(scope=scope).get(REQUEST_ID, "")
+        current = given if SANE_ID.fullmatch(given) else secrets.token_hex(8)
+        token = request_id.set(current)
+        began = self.clock.monotonic()
+        status = 0
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] in ("http.response.start", "websocket.http.response.start"):
+                status = message["status"]
+                MutableHeaders(scope=message)[REQUEST_ID] = current
+            elif message["type"] == "websocket.accept":
+                status = 101
+            elif message["type"] == "websocket.close" and not status:
+                status = 403  # closing before accepting refuses the handshake
+            await send(message)
+
+        try:
+            await self.app(scope, receive, send_with_id)
+        finally:
+            if status >= 400 or not scope["path"].startswith(QUIET_PATHS):
+                access_log.info(
+                    "request" if scope["type"] == "http" else "socket",
+                    extra={
+                        "method": scope.get("method", "GET"),
+                        # Without the query: it may hold a token.
+                        "path": scope["path"],
+                        "status": status or 499,  # nobody waited for the answer
+                        "duration_ms": round((self.clock.monotonic() - began) * 1000, 1),
+                        "client": scope["client"][0] if scope.get("client") else "",
+                    },
+                )
+            request_id.reset(token)
+
+
+API_POLICY = "default-src 'none'; frame-ancestors 'none'"
+DOCS_POLICY = (
+    "default-src 'none'; script-src 'unsafe-inline' https://cdn.jsdelivr.net; worker-src blob:; "
+    "style-src 'unsafe-inline' https://cdn.jsdelivr.net https://fonts.googleapis.com; "
+    "font-src https://fonts.gstatic.com; img-src data: https://fastapi.tiangolo.com https://cdn.redoc.ly; "
+    "connect-src 'self'; frame-ancestors 'none'"
+)
+DOCS_PATHS = ("/docs", "/redoc")
+
+
+class SecurityHeaders:
+    """Tells browsers to run, frame, guess and keep nothing. A route's own header of the same name wins."""
+
+    def __init__(self, app: ASGIApp, hsts_seconds: int) -> None:
+        self.app = app
+        self.common = {
+            "X-Content-Type-Options": "nosniff",
+            "Referrer-Policy": "no-referrer",
+            "Cross-Origin-Resource-Policy": "same-origin",
+            "Cache-Control": "no-store",
+        }
+        if hsts_seconds:
+            self.common["Strict-Transport-Security"] = f"max-age={hsts_seconds}; includeSubDomains"
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] not in ("http", "websocket"):
+            await self.app(scope, receive, send)
+            return
+        policy = DOCS_POLICY if scope["path"].startswith(DOCS_PATHS) else API_POLICY
+
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] in ("http.response.start", "websocket.http.response.start"):
+                headers = MutableHeaders(scope=message)
+                for name, value in self.common.items():
+                    headers.setdefault(name, value)
+                headers.setdefault("Content-Security-Policy", policy)
+            await send(message)
+
+        await self.app(scope, receive, send_with_headers)
+
+
+class LastResort:
+    """Logs what nobody caught, once, with its traceback; the client gets a neutral answer."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] not in ("http", "websocket"):
+            await self.app(scope, receive, send)
+            return
+        started = False
+
+        async def watch(message: Message) -> None:
+            nonlocal started
+            started = started or message["type"] in ("http.response.start", "websocket.accept")
+            await send(message)
+
+        try:
+            await self.app(scope, receive, watch)
+        except WebSocketDisconnect:
+            pass  # the peer has gone, as peers do
+        except Exception:
+            log.exception("unhandled_error")
+            if scope["type"] == "websocket":
+                # Before the handshake is answered, closing refuses it. Afterwards it may be closed already.
+                with contextlib.suppress(RuntimeError):
+                    await send({"type": "websocket.close", "code": 1011})
+            elif not started:
+                await internal_error()(scope, receive, send)
+
+
+class BodyGuard:
+    """Stops bodies above the limit as they stream in, and JSON that later rooms could not store or answer."""
+
+    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+        self.app = app
+        self.max_bytes = max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        if b"\x00" in scope["path"].encode("utf-8", "replace") or b"%00" in scope["query_string"]:
+            error = BadInput("invalid_request", "A URL cannot contain the NUL character.")
+            await error_response(error)(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        declared = headers.get("content-length", "")
+        is_json = "json" in headers.get("content-type", "").lower()
+        seen = 0
+        chunks: list[bytes] = []
+
+        async def guarded() -> Message:
+            nonlocal seen
+            if declared.isdecimal() and int(declared) > self.max_bytes:
+                raise _refused(TooLarge("body_too_large", f"A body may have {self.max_bytes} bytes."))
+            message = await receive()
+            if message["type"] == "http.request":
+                chunk = message.get("body", b"")
+                seen += len(chunk)
+                if seen > self.max_bytes:
+                    raise _refused(TooLarge("body_too_large", f"A body may have {self.max_bytes} bytes."))
+                if is_json:
+                    chunks.append(chunk)
+                    if not message.get("more_body", False):
+                        check_json(chunks)
+            return message
+
+        await self.app(scope, guarded, send)
+
+
+def check_json(chunks: Iterable[bytes]) -> None:
+    """Refuse what Python's parser lets through but databases and strict parsers do not.
+
+    That is: bad UTF-8, lone surrogates, NaN, and nesting deep enough to break a recursive reader.
+    """
+    body = b"".join(chunks)
+    if not body:
+        return
+    try:
+        orjson.loads(body)
+    except orjson.JSONDecodeError:
+        raise _refused(BadInput("invalid_json", "The body is not valid JSON.")) from None
+
+
+def _refused(error: DialectError) -> BodyRefused:
+    return BodyRefused(error)
