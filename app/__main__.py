@@ -1,0 +1,97 @@
+"""`python -m app`: the tuned server, and the operator's commands `migrate` and `check`.
+
+Every failure is one sentence and a non-zero exit status.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+from collections.abc import Sequence
+
+import uvicorn
+
+from app.api.websocket_protocol import DialectWebSocketProtocol
+from app.core.config import Settings, get_settings
+from app.core.errors import StartupError
+from app.core.logging import configure_logging
+from app.db.database import Database, migrate
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a command; `serve` when none is named."""
+    options = _parser().parse_args(arguments)
+    try:
+        settings = get_settings()
+        if options.command == "migrate":
+            migrate(settings)
+            print("The database is up to date.")
+        elif options.command == "check":
+            asyncio.run(check(settings))
+        else:
+            serve(
+                settings,
+                options.host or settings.host,
+                settings.port if options.port is None else options.port,
+            )
+    except StartupError as error:
+        sys.exit(str(error))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m app", description="Dialect, a self-hosted messenger server.")
+    parser.add_argument("--host", help="address to listen on, instead of the setting HOST")
+    parser.add_argument("--port", type=_port, help="port to listen on, instead of the setting PORT")
+    commands = parser.add_subparsers(dest="command", metavar="command", title="commands")
+    commands.add_parser("serve", help="start the server (the default)")
+    commands.add_parser("migrate", help="create the database where it is missing and bring it up to date")
+    commands.add_parser("check", help="say whether the settings and the database are fit to start")
+    return parser
+
+
+def _port(text: str) -> int:
+    port = int(text)
+    if not 0 <= port <= 65535:
+        raise ValueError
+    return port
+
+
+def serve(settings: Settings, host: str, port: int) -> None:
+    """Serve until a signal says stop."""
+    configure_logging(settings)
+    config = uvicorn.Config(
+        "app.main:app",
+        host=host,
+        port=port,
+        loop="auto",  # uvloop where it is installed
+        http="httptools",
+        ws=DialectWebSocketProtocol,
+        ws_max_size=settings.socket_max_frame_bytes,
+        ws_per_message_deflate=False,  # memory per socket, and bombs, for messages too short to shrink
+        ws_ping_interval=settings.socket_heartbeat_seconds,
+        ws_ping_timeout=settings.socket_timeout_seconds,
+        timeout_graceful_shutdown=max(1, round(settings.shutdown_seconds)),
+        proxy_headers=True,
+        forwarded_allow_ips=settings.forwarded_allow_ips,
+        backlog=2048,
+        server_header=False,
+        access_log=False,  # the middleware writes it
+        log_config=None,  # configure_logging has seen to it
+    )
+    uvicorn.Server(config).run()
+
+
+async def check(settings: Settings) -> None:
+    """Say what would keep the server from starting. Raises StartupError at the first such thing."""
+    print(f"settings: ok ({settings.environment})")
+    database = Database(settings)
+    try:
+        await database.start()
+    finally:
+        await database.close()
+    print(f"database: ok ({'MySQL' if settings.uses_mysql else 'SQLite'}, reachable and up to date)")
+
+
+if __name__ == "__main__":
+    main()
