@@ -1,4 +1,4 @@
-"""Runs the revisions: on the connection it is handed (`database.migrate`), or on one made from the settings."""
+"""Runs the revisions: on the connection it is handed (`database.migrate`), or on one of its own."""
 
 from __future__ import annotations
 

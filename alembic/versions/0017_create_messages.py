@@ -36,9 +36,7 @@ def upgrade() -> None:
         sa.Column("deleted_at", MICROSECONDS, nullable=True),
         sa.PrimaryKeyConstraint("chat_id", "seq", name="pk_messages"),
         sa.UniqueConstraint("id", name="uq_messages_id"),
-        sa.UniqueConstraint(
-            "chat_id", "sender_id", "client_id", name="uq_messages_chat_id_sender_id_client_id"
-        ),
+        sa.UniqueConstraint("chat_id", "sender_id", "client_id", name="uq_messages_chat_id_sender_id_client_id"),
         mysql_engine="InnoDB",
         mysql_charset="utf8mb4",
         mysql_collate="utf8mb4_bin",

@@ -21,9 +21,7 @@ id_blocks = sa.table("id_blocks", sa.column("kind", sa.String), sa.column("next_
 
 def upgrade() -> None:
     op.bulk_insert(server_state, [{"id": 1, "epoch": str(uuid.uuid4())}])
-    op.bulk_insert(
-        id_blocks, [{"kind": kind, "next_id": 1} for kind in ("user", "session", "chat", "message")]
-    )
+    op.bulk_insert(id_blocks, [{"kind": kind, "next_id": 1} for kind in ("user", "session", "chat", "message")])
 
 
 def downgrade() -> None:

@@ -47,7 +47,8 @@ def database_url(settings: Settings, *, driver: Literal["async", "sync"]) -> URL
     """Where the data lives; `sync` is for Alembic and the tools."""
     if not settings.uses_mysql:
         return URL.create(
-            "sqlite+aiosqlite" if driver == "async" else "sqlite", database=str(settings.sqlite_path.absolute())
+            "sqlite+aiosqlite" if driver == "async" else "sqlite",
+            database=str(settings.sqlite_path.absolute()),
         )
     return URL.create(
         "mysql+asyncmy" if driver == "async" else "mysql+pymysql",
@@ -222,7 +223,9 @@ def describe(error: BaseException) -> str:
 
 def _prepare_sqlite(engine: AsyncEngine, *, begin: str, read_only: bool) -> None:
     def on_connect(connection: Any, _record: object) -> None:
-        connection.isolation_level = None  # transactions begin where `begin` below says, not where the driver guesses
+        connection.isolation_level = (
+            None  # transactions begin where `begin` below says, not where the driver guesses
+        )
         cursor = connection.cursor()
         cursor.execute("PRAGMA journal_mode=WAL")
         cursor.execute("PRAGMA synchronous=FULL")
@@ -262,7 +265,9 @@ def _check_sqlite(connection: Connection) -> None:
     synchronous = connection.exec_driver_sql("PRAGMA synchronous").scalar_one()
     journal = connection.exec_driver_sql("PRAGMA journal_mode").scalar_one()
     if synchronous < 2 or journal != "wal":
-        raise StartupError("SQLite cannot use WAL with full synchronisation here; is the file on a network disk?")
+        raise StartupError(
+            "SQLite cannot use WAL with full synchronisation here; is the file on a network disk?"
+        )
 
 
 def unreachable(settings: Settings, error: BaseException) -> str:
@@ -304,8 +309,10 @@ def migrate(settings: Settings, revision: str = "head") -> None:
         try:
             with engine.connect() as connection:
                 if settings.uses_mysql:
-                    # Two machines that start together must not both create the tables. The name counts per server.
-                    connection.exec_driver_sql("SELECT GET_LOCK(LEFT(CONCAT('migrate ', DATABASE()), 64), 60)")
+                    # Two machines that start together must not both create the tables.
+                    connection.exec_driver_sql(
+                        "SELECT GET_LOCK(LEFT(CONCAT('migrate ', DATABASE()), 64), 60)"
+                    )
                     connection.commit()  # or Alembic would leave the transactions to us
                 config = alembic_config()
                 config.attributes["connection"] = connection
@@ -332,7 +339,9 @@ def _create_mysql_database(settings: Settings, url: URL) -> None:
         with connection.cursor() as cursor:
             name = (url.database or "").replace("`", "``")
             # `IF NOT EXISTS` alone would need the CREATE privilege that a careful host does not give.
-            cursor.execute("SELECT 1 FROM information_schema.schemata WHERE schema_name = %s", (url.database,))
+            cursor.execute(
+                "SELECT 1 FROM information_schema.schemata WHERE schema_name = %s", (url.database,)
+            )
             if cursor.fetchone() is None:
                 cursor.execute(f"CREATE DATABASE `{name}` CHARACTER SET utf8mb4 COLLATE utf8mb4_bin")
     finally:
