@@ -32,6 +32,7 @@ ID = BigInteger().with_variant(Integer(), "sqlite")
 MICROSECONDS = DateTime().with_variant(mysql.DATETIME(fsp=6), "mysql")
 """UTC, naive in the database, six digits: without a fraction, MySQL would round."""
 
+
 def ascii_binary(length: int) -> TypeEngine[str]:
     """Text compared byte for byte: ids, phones."""
     return String(length).with_variant(mysql.VARCHAR(length, charset="ascii", collation="ascii_bin"), "mysql")

@@ -18,14 +18,21 @@ MAX_ID = 2**53 - 1
 """JavaScript holds no larger integer exactly (RFC 8259 section 6)."""
 
 Id = Annotated[int, Field(ge=1, le=MAX_ID, examples=[42])]
-Seq = Annotated[int, Field(ge=1, le=MAX_ID, description="Place of a message in its chat: 1, 2, 3, ... without gaps.")]
+Seq = Annotated[
+    int, Field(ge=1, le=MAX_ID, description="Place of a message in its chat: 1, 2, 3, ... without gaps.")
+]
 Counter = Annotated[int, Field(ge=0, le=MAX_ID)]
 Version = Annotated[int, Field(ge=0, le=MAX_ID, description="Number of a change in a chat's log.")]
 AccountVersion = Annotated[
     int, Field(ge=0, le=MAX_ID, description="Number of a change among the things only this user sees.")
 ]
 Timestamp = Annotated[
-    str, Field(json_schema_extra={"format": "date-time"}, description="RFC 3339, UTC.", examples=["2026-01-31T12:00:00.000Z"])
+    str,
+    Field(
+        json_schema_extra={"format": "date-time"},
+        description="RFC 3339, UTC.",
+        examples=["2026-01-31T12:00:00.000Z"],
+    ),
 ]
 ClientId = Annotated[
     UUID,
@@ -40,6 +47,9 @@ ChatType = Literal["personal", "group", "saved"]
 Role = Literal["owner", "admin", "member"]
 MessageType = Literal["text", "service"]
 SendableType = Literal["text"]
+ServiceAction = Literal[
+    "chat_created", "members_added", "member_removed", "member_left", "title_changed", "description_changed"
+]
 UserRelation = Literal["none", "self", "blocked"]
 
 
@@ -87,7 +97,10 @@ DisplayName = Annotated[Line, Field(min_length=1, max_length=64, examples=["John
 Password = Annotated[
     str,
     Field(
-        min_length=1, max_length=256, examples=["SecurePass123!"], description="At least 8 characters, not a common one."
+        min_length=1,
+        max_length=256,
+        examples=["SecurePass123!"],
+        description="At least 8 characters, not a common one.",
     ),
     AfterValidator(_check_text),
 ]
@@ -109,7 +122,9 @@ class RegisterIn(In):
     password: Password
     username: Username
     display_name: DisplayName | None = Field(None, description="Shown to others; the username when left out.")
-    device_name: Annotated[Line, Field(max_length=64)] = Field("", description="Shown in the list of sessions.")
+    device_name: Annotated[Line, Field(max_length=64)] = Field(
+        "", description="Shown in the list of sessions."
+    )
     platform: Annotated[Line, Field(max_length=16)] = Field("", examples=["android"])
 
 
@@ -223,9 +238,7 @@ class MessageEditIn(In):
 class Service(TypedDict):
     """What a service message reports."""
 
-    action: Literal[
-        "chat_created", "members_added", "member_removed", "member_left", "title_changed", "description_changed"
-    ]
+    action: ServiceAction
     user_ids: list[Id]
     text: Annotated[str, Field(description="The new title or description.")]
 
@@ -247,7 +260,9 @@ class Message(TypedDict):
     created_at: Timestamp
     edited_at: Timestamp | None
     deleted: Annotated[bool, Field(description="Deleted for everybody: only its place is left.")]
-    hidden: Annotated[bool, Field(description="Deleted by the caller for themselves. Once true, it stays true.")]
+    hidden: Annotated[
+        bool, Field(description="Deleted by the caller for themselves. Once true, it stays true.")
+    ]
 
 
 class Sent(TypedDict):
@@ -356,12 +371,17 @@ class Chat(TypedDict):
     created_at: Timestamp
     last_activity_at: Timestamp
     unread_count: Annotated[
-        int, Field(ge=0, le=1000, description="Messages of others not read yet; 1000 stands for more than 999.")
+        int,
+        Field(ge=0, le=1000, description="Messages of others not read yet; 1000 stands for more than 999."),
     ]
     read_seq: Annotated[int, Field(ge=0, description="The caller's own read mark.")]
     peer_id: Annotated[Id | None, Field(description="The other person of a personal chat.")]
-    peer_read_seq: Annotated[int, Field(ge=0, description="Up to where the peer of a personal chat has read.")]
-    peer_delivered_seq: Annotated[int, Field(ge=0, description="Up to where the peer's devices have received.")]
+    peer_read_seq: Annotated[
+        int, Field(ge=0, description="Up to where the peer of a personal chat has read.")
+    ]
+    peer_delivered_seq: Annotated[
+        int, Field(ge=0, description="Up to where the peer's devices have received.")
+    ]
     last_message: Message | None
 
 
@@ -381,6 +401,6 @@ class ResumeIn(In):
 
     epoch: Annotated[str, Field(max_length=64)] | None = None
     account_version: AccountVersion = 0
-    chats: Annotated[dict[Annotated[str, Field(pattern=r"^[1-9][0-9]{0,15}$")], Version], Field(max_length=10_000)] = Field(
-        default_factory=dict, description="Chat id to the version the client has applied."
-    )
+    chats: Annotated[
+        dict[Annotated[str, Field(pattern=r"^[1-9][0-9]{0,15}$")], Version], Field(max_length=10_000)
+    ] = Field(default_factory=dict, description="Chat id to the version the client has applied.")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from enum import IntEnum
@@ -19,8 +19,8 @@ from app.core.config import Settings
 from app.core.errors import Conflict, Unavailable
 from app.db.database import Database
 from app.db.events import AnyEvent, CatchUpEvent, HeartbeatEvent
+from app.db.repositories import accounts as accounts_repository
 from app.db.repositories import chats as chats_repository
-from app.db.repositories import users as users_repository
 from app.db.repositories.chats import ChatCursor
 from app.db.schemas import ResumeIn
 from app.services.chat_log.roster import Roster
@@ -84,7 +84,12 @@ class Connection:
     )
 
     def __init__(
-        self, manager: ConnectionManager, transport: Transport, user: OnlineUser, session_id: int, expires_at: datetime
+        self,
+        manager: ConnectionManager,
+        transport: Transport,
+        user: OnlineUser,
+        session_id: int,
+        expires_at: datetime,
     ) -> None:
         self._manager = manager
         self.transport = transport
@@ -137,7 +142,9 @@ class Connection:
     def _close_if_slow(self) -> None:
         self._flush_check = False
         if not self.closing and self.transport.unsent_bytes > self._manager.max_unsent_bytes:
-            log.info("slow_reader_closed", extra={"user_id": self.user_id, "unsent": self.transport.unsent_bytes})
+            log.info(
+                "slow_reader_closed", extra={"user_id": self.user_id, "unsent": self.transport.unsent_bytes}
+            )
             self.close(CloseCode.SLOW, "reading too slowly")
 
     def close(self, code: CloseCode, reason: str) -> None:
@@ -174,7 +181,9 @@ class Connection:
                 self.send(frames)
 
     def _requested(self, chat_id: int) -> bool:
-        return any(isinstance(request, _ResumeRequest) or request.chat_id == chat_id for request in self._requests)
+        return any(
+            isinstance(request, _ResumeRequest) or request.chat_id == chat_id for request in self._requests
+        )
 
     # --- catching up: one request after the other, at the pace of the reader ---
 
@@ -198,7 +207,7 @@ class Connection:
             return
         self._requests.append(request)
         if self._task is None:
-            self._task = self._manager.spawn(self._run_requests(), "catch-up")
+            self._task = self._manager.start_task(self._run_requests(), "catch-up")
 
     async def _run_requests(self) -> None:
         try:
@@ -212,7 +221,9 @@ class Connection:
                     for chat_id in [chat_id for chat_id in self._held if not self._requested(chat_id)]:
                         del self._held[chat_id]
                 else:
-                    await self._stream(self._manager.chat_events(self.user_id, request.chat_id, request.since))
+                    await self._stream(
+                        self._manager.chat_events(self.user_id, request.chat_id, request.since)
+                    )
                     # A chat that turned out not to be the user's has no `synced`; nothing of it may follow.
                     if not self._requested(request.chat_id) and not self._hold_all:
                         self._held.pop(request.chat_id, None)
@@ -338,6 +349,8 @@ class ConnectionManager:
         """Where catching up reads from; wired by the container, which builds that service from this one."""
         self.presence_listeners: list[PresenceListener] = []
         self.draining = False
+        self._empty = asyncio.Event()
+        self._empty.set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._ticker: asyncio.Task[None] | None = None
 
@@ -354,6 +367,23 @@ class ConnectionManager:
             task.cancel()
         await asyncio.gather(*self._tasks, *([self._ticker] if self._ticker else []), return_exceptions=True)
 
+    async def drain(self, finished: Callable[[], Awaitable[None]], seconds: float) -> None:
+        """Before a stop: take nothing new, let what was taken be answered, then ask everybody to come back.
+
+        Returns when the last socket is gone, or after `seconds`.
+        """
+        self.draining = True
+        for user in self.users.values():
+            for connection in user.connections:
+                connection.transport.pause_reading()
+        try:
+            async with asyncio.timeout(seconds):
+                await finished()
+                self.close_all()
+                await self._empty.wait()
+        except TimeoutError:
+            log.warning("drain_timed_out", extra={"sockets": self.count})
+
     def close_all(self) -> None:
         """Ask every client to come back later."""
         self.draining = True
@@ -361,9 +391,13 @@ class ConnectionManager:
             for connection in list(user.connections):
                 connection.close(CloseCode.RESTART, "server restarts")
 
-    def spawn(self, coroutine: Any, name: str) -> asyncio.Task[None]:
+    def spawn(self, coroutine: Coroutine[Any, Any, None], name: str) -> None:
         """Run something beside; its failure is logged, never lost."""
-        task: asyncio.Task[None] = asyncio.create_task(coroutine, name=name)
+        _task = self.start_task(coroutine, name)
+
+    def start_task(self, coroutine: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
+        """Like `spawn`, for who may want to cancel it."""
+        task = asyncio.create_task(coroutine, name=name)
         self._tasks.add(task)
         task.add_done_callback(self._on_task_done)
         return task
@@ -390,6 +424,7 @@ class ConnectionManager:
         came_online = user is None
         if user is None:
             user = self.users[user_id] = OnlineUser(user_id)
+            self._empty.clear()
         connection = Connection(self, transport, user, session_id, expires_at)
         connection.next_heartbeat = self._clock.monotonic() + self._settings.socket_heartbeat_seconds
         user.connections.append(connection)
@@ -416,6 +451,8 @@ class ConnectionManager:
                     del self.channels[chat_id]
         if not user.connections:
             del self.users[user.id]
+            if not self.users:
+                self._empty.set()
             self._tell_presence(user.id, online=False)
 
     def _tell_presence(self, user_id: int, *, online: bool) -> None:
@@ -430,7 +467,7 @@ class ConnectionManager:
         user.loading += 1
         try:
             async with self._database.reading() as session:
-                account_version = await users_repository.account_versions(session, [user.id])
+                account_version = await accounts_repository.account_versions(session, [user.id])
                 chats = await chats_repository.list_cursors(session, user.id)
             user.account_version = max(user.account_version, account_version.get(user.id, 0))
             current = {chat.chat_id for chat in chats}
@@ -537,7 +574,9 @@ class ConnectionManager:
             async with self._database.reading() as session:
                 ids = sorted({connection.user_id for connection in due})
                 for start in range(0, len(ids), 1000):
-                    versions.update(await users_repository.account_versions(session, ids[start : start + 1000]))
+                    versions.update(
+                        await accounts_repository.account_versions(session, ids[start : start + 1000])
+                    )
         except Unavailable:
             log.info("heartbeat_without_database")  # memory still knows what was announced here
         for connection in due:
@@ -551,4 +590,3 @@ class ConnectionManager:
                 "server_time": timestamp(wall),
             }
             connection.send_event(heartbeat)
-

@@ -2,15 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from typing import Literal
 
-from app.core.clock import Clock
+from app.core.bloom_filter import UsernameFilter
+from app.core.clock import Clock, SystemClock
 from app.core.config import Settings
-from app.core.ids import IdAllocator
+from app.core.ids import IdAllocator, Kind
+from app.core.security import PasswordHasher
 from app.db.database import Database
+from app.db.repositories import accounts as account_repository
+from app.db.repositories import ids as id_repository
+from app.db.repositories import users as user_repository
+from app.services.auth_service import AuthService
+from app.services.block_service import BlockService
 from app.services.chat_log.append import Appender
+from app.services.chat_log.catch_up import CatchUpService
 from app.services.chat_log.roster import RosterCache
+from app.services.chat_log.sequencer import Sequencer
+from app.services.chat_log.writer import Writer
+from app.services.chat_service import ChatService
+from app.services.connection_manager import ConnectionManager
+from app.services.message_service import MessageService
+from app.services.presence_service import PresenceService
+from app.services.rate_limiter import RateLimiter
+from app.services.typing_service import TypingService
 from app.services.unit_of_work import UnitOfWorkFactory
+from app.services.user_service import UserService
+
+WARMING_PAGE = 10_000
 
 
 @dataclass
@@ -24,3 +45,127 @@ class Services:
     rosters: RosterCache
     appender: Appender
     unit_of_work: UnitOfWorkFactory
+    hasher: PasswordHasher
+    usernames: UsernameFilter
+    rate_limiter: RateLimiter
+    auth: AuthService
+    users: UserService
+    blocks: BlockService
+    connections: ConnectionManager
+    sequencer: Sequencer
+    writer: Writer
+    catch_up: CatchUpService
+    chats: ChatService
+    messages: MessageService
+    typing: TypingService
+    presence: PresenceService
+
+    async def start(self) -> None:
+        """Take the database into use and begin work. Raises StartupError with a sentence for the operator."""
+        await self.database.start()
+        async with self.database.reading() as session:
+            self.catch_up.epoch = await account_repository.epoch(session)
+        await self._warm_usernames()
+        self.connections.start()
+        self.sequencer.start()
+        self.writer.start()
+
+    async def drain(self) -> None:
+        """Before a stop: answer what was taken, close every socket with 1012. Bounded by `shutdown_seconds`."""
+        await self.connections.drain(self.writer.drained, self.settings.shutdown_seconds)
+
+    async def stop(self) -> None:
+        """Finish what was begun and give everything back; also after a start that failed half-way."""
+        await self.writer.stop()
+        await self.connections.stop()
+        await self.sequencer.stop()
+        self.hasher.close()
+        await self.database.close()
+
+    async def check(self) -> dict[str, Literal["ok", "down"]]:
+        """The state of everything that serving a request needs."""
+        return {"database": "ok" if await self.database.ping() else "down"}
+
+    async def _warm_usernames(self) -> None:
+        # In pages, each a session of its own: millions of names at once would outlast the session's deadline.
+        after = 0
+        while True:
+            async with self.database.reading() as session:
+                page = await user_repository.list_usernames(session, after_id=after, limit=WARMING_PAGE)
+            if not page:
+                break
+            self.usernames.update(username for _, username in page)
+            after = page[-1][0]
+        self.usernames.finish_warming()
+
+
+def build_services(settings: Settings, clock: Clock | None = None) -> Services:
+    """All parts, wired and not started."""
+    clock = clock or SystemClock()
+    database = Database(settings)
+    ids = IdAllocator(_lease(database))
+    rosters = RosterCache()
+    appender = Appender(rosters, clock, receipts_members_max=settings.receipts_members_max)
+    connections = ConnectionManager(settings=settings, clock=clock, database=database)
+    sequencer = Sequencer(settings=settings, clock=clock, database=database, rosters=rosters, connections=connections)
+    unit_of_work = UnitOfWorkFactory(database, appender, ids, sequencer.announce)
+    writer = Writer(
+        settings=settings, clock=clock, database=database, appender=appender, ids=ids, announce=sequencer.announce
+    )
+    catch_up = CatchUpService(settings=settings, database=database, connections=connections)
+    connections.chat_events = catch_up.chat
+    connections.resume_events = catch_up.resume
+    presence = PresenceService(settings=settings, clock=clock, database=database, connections=connections)
+    hasher = PasswordHasher(settings)
+    usernames = UsernameFilter(settings.username_filter_capacity)
+    rate_limiter = RateLimiter(settings, clock)
+    return Services(
+        settings=settings,
+        clock=clock,
+        database=database,
+        ids=ids,
+        rosters=rosters,
+        appender=appender,
+        unit_of_work=unit_of_work,
+        hasher=hasher,
+        usernames=usernames,
+        rate_limiter=rate_limiter,
+        auth=AuthService(
+            settings=settings,
+            clock=clock,
+            database=database,
+            unit_of_work=unit_of_work,
+            ids=ids,
+            hasher=hasher,
+            usernames=usernames,
+            limiter=rate_limiter,
+        ),
+        users=UserService(
+            settings=settings,
+            clock=clock,
+            database=database,
+            usernames=usernames,
+            limiter=rate_limiter,
+            is_online=connections.is_online,
+        ),
+        blocks=BlockService(clock=clock, database=database),
+        connections=connections,
+        sequencer=sequencer,
+        writer=writer,
+        catch_up=catch_up,
+        chats=ChatService(settings=settings, clock=clock, database=database, limiter=rate_limiter),
+        messages=MessageService(
+            settings=settings, clock=clock, database=database, writer=writer, unit_of_work=unit_of_work
+        ),
+        typing=TypingService(database=database, rosters=rosters, connections=connections),
+        presence=presence,
+    )
+
+
+def _lease(database: Database) -> Callable[[Kind, int], Awaitable[int]]:
+    async def lease(kind: Kind, count: int) -> int:
+        async with database.writing() as session:
+            return await id_repository.lease_ids(session, kind, count)
+
+    return lease
+

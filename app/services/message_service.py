@@ -5,7 +5,9 @@ from __future__ import annotations
 import uuid
 from collections import OrderedDict
 
-from app.core.clock import Clock
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from app.core.clock import Clock, timestamp
 from app.core.config import Settings
 from app.core.errors import BadInput, TooLarge, TooManyRequests, chat_not_found, message_not_found
 from app.db.database import Database
@@ -19,16 +21,20 @@ from app.db.events import (
 from app.db.repositories import accounts as accounts_repository
 from app.db.repositories import chat_log as log_repository
 from app.db.repositories import chats as chats_repository
+from app.db.repositories.chat_log import MessageRow
 from app.db.schemas import MAX_ID, History, Message, Readers
 from app.services.chat_log.catch_up import visible_messages
 from app.services.chat_log.changes import DeleteMessage, Done, EditMessage, Mark, SendMessage
-from app.services.chat_log.views import timestamp
 from app.services.chat_log.writer import OnDone, Writer
 from app.services.token_bucket import TokenBucket
-from app.services.unit_of_work import UnitOfWork
+from app.services.unit_of_work import UnitOfWork, UnitOfWorkFactory
 
 StoredCommand = (
-    NewMessageCommand | EditMessageCommand | DeleteMessageCommand | MessageReadCommand | MessageDeliveredCommand
+    NewMessageCommand
+    | EditMessageCommand
+    | DeleteMessageCommand
+    | MessageReadCommand
+    | MessageDeliveredCommand
 )
 LIMITED_ACCOUNTS_MAX = 100_000
 
@@ -36,11 +42,20 @@ LIMITED_ACCOUNTS_MAX = 100_000
 class MessageService:
     """What people do with messages."""
 
-    def __init__(self, *, settings: Settings, clock: Clock, database: Database, writer: Writer) -> None:
+    def __init__(
+        self,
+        *,
+        settings: Settings,
+        clock: Clock,
+        database: Database,
+        writer: Writer,
+        unit_of_work: UnitOfWorkFactory,
+    ) -> None:
         self._settings = settings
         self._clock = clock
         self._database = database
         self._writer = writer
+        self._unit_of_work = unit_of_work
         self._buckets: OrderedDict[int, TokenBucket] = OrderedDict()
 
     # --- writing ---
@@ -105,12 +120,29 @@ class MessageService:
         if wait := bucket.take():
             raise TooManyRequests("rate_limited", "Too many messages; slow down.", retry_after=wait)
 
-    async def hide(self, uow: UnitOfWork, user_id: int, chat_id: int, message_id: int) -> None:
+    async def send(self, user_id: int, command: NewMessageCommand | EditMessageCommand) -> Message:
+        """Send or edit a message and return it as it is stored."""
+        done = await self.write(user_id, command)
+        if done.message is None:
+            raise RuntimeError("a message that was written has no message")
+        return done.message
+
+    async def delete(self, user_id: int, command: DeleteMessageCommand) -> None:
+        """Delete a message for everybody or for oneself."""
+        if command.for_everyone:
+            await self.write(user_id, command)
+        else:
+            async with self._unit_of_work() as uow:
+                await self._hide(uow, user_id, command.chat_id, command.message_id)
+
+    async def _hide(self, uow: UnitOfWork, user_id: int, chat_id: int, message_id: int) -> None:
         """Delete a message for oneself only. Does nothing the second time."""
         session = uow.session
-        # The user's row is locked by numbering the change; look first so that a repeat numbers nothing.
         row = await self._find_visible(session, user_id, chat_id, message_id)
+        if await log_repository.list_hidden(session, user_id, chat_id, [row.seq]):
+            return
         account_version = await uow.next_account_version(user_id)
+        # Numbering has locked the user: now another device can no longer be hiding it too.
         if await log_repository.list_hidden(session, user_id, chat_id, [row.seq]):
             return
         await accounts_repository.hide_message(
@@ -157,7 +189,12 @@ class MessageService:
             has_after = False
             if after is not None:
                 rows = await chats_repository.list_messages(
-                    session, chat_id, low=max(low, after + 1), high=MAX_ID, newest_first=False, limit=limit + 1
+                    session,
+                    chat_id,
+                    low=max(low, after + 1),
+                    high=MAX_ID,
+                    newest_first=False,
+                    limit=limit + 1,
                 )
                 has_after = len(rows) > limit
                 rows = rows[:limit]
@@ -167,7 +204,12 @@ class MessageService:
                 )
                 room = limit - len(older)
                 newer = await chats_repository.list_messages(
-                    session, chat_id, low=max(low, around + 1), high=MAX_ID, newest_first=False, limit=room + 1
+                    session,
+                    chat_id,
+                    low=max(low, around + 1),
+                    high=MAX_ID,
+                    newest_first=False,
+                    limit=room + 1,
                 )
                 has_after = len(newer) > room
                 rows = older + newer[:room]
@@ -180,7 +222,12 @@ class MessageService:
                     newest = rows[-1].seq if rows else before - 1
                     has_after = bool(
                         await chats_repository.list_messages(
-                            session, chat_id, low=max(low, newest + 1), high=MAX_ID, newest_first=False, limit=1
+                            session,
+                            chat_id,
+                            low=max(low, newest + 1),
+                            high=MAX_ID,
+                            newest_first=False,
+                            limit=1,
                         )
                     )
             items = await visible_messages(session, user_id, chat_id, rows)
@@ -220,8 +267,8 @@ class MessageService:
         }
 
     async def _find_visible(
-        self, session: log_repository.AsyncSession, user_id: int, chat_id: int, message_id: int
-    ) -> log_repository.MessageRow:
+        self, session: AsyncSession, user_id: int, chat_id: int, message_id: int
+    ) -> MessageRow:
         member = await chats_repository.find_membership(session, chat_id, user_id)
         if member is None:
             raise chat_not_found()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple, cast
 
 from sqlalchemy import Table, insert, or_, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from app.db.models import ChatMember, HiddenMessage, User, UserPair
+from app.db.models import ChatMember, HiddenMessage, ServerState, User, UserPair
 
 USER = cast(Table, User.__table__)
 PAIR = cast(Table, UserPair.__table__)
@@ -77,6 +78,17 @@ async def list_changed_hidden(session: AsyncSession, user_id: int, *, after: int
         .order_by(HIDDEN.c.account_version)
     )
     return [ChangedHidden(*row) for row in result]
+
+
+async def epoch(session: AsyncSession) -> str:
+    """The name of this database."""
+    return (await session.execute(select(ServerState.epoch))).scalar_one()
+
+
+async def account_versions(session: AsyncSession, user_ids: Sequence[int]) -> dict[int, int]:
+    """Account versions by user id."""
+    result = await session.execute(select(USER.c.id, USER.c.account_version).where(USER.c.id.in_(user_ids)))
+    return {row[0]: row[1] for row in result}
 
 
 async def profile_version(session: AsyncSession, user_id: int) -> int:

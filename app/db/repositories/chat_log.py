@@ -144,7 +144,9 @@ def _literal(value: int | datetime | None) -> str:
 # --- locking and looking up -------------------------------------------------------------------------------------
 
 
-async def lock_chats(session: AsyncSession, chat_ids: Sequence[int], *, skip_locked: bool = False) -> list[ChatRow]:
+async def lock_chats(
+    session: AsyncSession, chat_ids: Sequence[int], *, skip_locked: bool = False
+) -> list[ChatRow]:
     """Lock chats, lowest id first, and read their counters. Missing ones, and with `skip_locked` those that
     somebody else holds, are left out."""
     statement = select(*CHAT_COLUMNS).where(CHAT.c.id.in_(chat_ids)).order_by(CHAT.c.id)
@@ -158,7 +160,9 @@ async def find_chats(session: AsyncSession, chat_ids: Sequence[int]) -> list[Cha
     return [ChatRow(*row) for row in result]
 
 
-async def find_by_client_ids(session: AsyncSession, keys: Sequence[tuple[int, int, bytes]]) -> list[MessageRow]:
+async def find_by_client_ids(
+    session: AsyncSession, keys: Sequence[tuple[int, int, bytes]]
+) -> list[MessageRow]:
     """Earlier messages with these (chat_id, sender_id, client_id)."""
     columns = tuple_(MESSAGE.c.chat_id, MESSAGE.c.sender_id, MESSAGE.c.client_id)
     result = await session.execute(select(*MESSAGE_COLUMNS).where(columns.in_(keys)))
@@ -181,7 +185,9 @@ async def find_members(session: AsyncSession, keys: Sequence[tuple[int, int]]) -
     return [MemberRow(*row) for row in result]
 
 
-async def list_active_members(session: AsyncSession, chat_ids: Sequence[int]) -> list[tuple[int, int, str, int]]:
+async def list_active_members(
+    session: AsyncSession, chat_ids: Sequence[int]
+) -> list[tuple[int, int, str, int]]:
     """(chat_id, user_id, role, visible_from_seq) of all who are in the chats now."""
     result = await session.execute(
         select(MEMBER.c.chat_id, MEMBER.c.user_id, MEMBER.c.role, MEMBER.c.visible_from_seq).where(
@@ -247,7 +253,10 @@ async def update_chats(session: AsyncSession, rows: Sequence[ChatUpdate]) -> Non
             for row in rows
         ),
     )
-    sets = {name: f"v.{name}" for name in ("last_seq", "version", "members_version", "info_version", "member_count")}
+    sets = {
+        name: f"v.{name}"
+        for name in ("last_seq", "version", "members_version", "info_version", "member_count")
+    }
     sets["last_activity_at"] = "COALESCE(v.last_activity_at, {t}.last_activity_at)"
     sets["changed_at"] = _NOW_MYSQL if _is_mysql(session) else _NOW_SQLITE
     await _update_from(session, "chats", names, values, sets, "{t}.id = v.id")
@@ -277,7 +286,14 @@ async def update_marks(session: AsyncSession, rows: Sequence[MarkUpdate]) -> Non
         ),
     )
     greatest = "GREATEST" if _is_mysql(session) else "MAX"
-    rising = ("read_seq", "delivered_seq", "public_read_seq", "public_delivered_seq", "version", "account_version")
+    rising = (
+        "read_seq",
+        "delivered_seq",
+        "public_read_seq",
+        "public_delivered_seq",
+        "version",
+        "account_version",
+    )
     sets = {name: f"{greatest}({{t}}.{name}, v.{name})" for name in rising}
     sets["read_at"] = "COALESCE(v.read_at, {t}.read_at)"
     on = "{t}.chat_id = v.chat_id AND {t}.user_id = v.user_id"
@@ -290,7 +306,9 @@ async def _update_from(
     """Update `table` from the rows of a VALUES clause; `{t}` stands for the table in `sets` and `on`."""
     if _is_mysql(session):
         assignments = ", ".join(f"t.{name} = {value}" for name, value in sets.items())
-        sql = f"UPDATE {table} t JOIN (VALUES {values}) AS v ({names}) ON {on} SET {assignments}".replace("{t}", "t")
+        sql = f"UPDATE {table} t JOIN (VALUES {values}) AS v ({names}) ON {on} SET {assignments}".replace(
+            "{t}", "t"
+        )
     else:
         assignments = ", ".join(f"{name} = {value}" for name, value in sets.items())
         sql = f"WITH v({names}) AS (VALUES {values}) UPDATE {table} SET {assignments} FROM v WHERE {on}"  # noqa: S608
@@ -299,7 +317,9 @@ async def _update_from(
     await connection.exec_driver_sql(sql)
 
 
-async def save_members(session: AsyncSession, rows: Sequence[MemberRow], existing: frozenset[tuple[int, int]]) -> None:
+async def save_members(
+    session: AsyncSession, rows: Sequence[MemberRow], existing: frozenset[tuple[int, int]]
+) -> None:
     """Insert new memberships and store the new state of those in `existing`."""
     new = [row._asdict() for row in rows if (row.chat_id, row.user_id) not in existing]
     if new:
@@ -332,7 +352,10 @@ async def bump_account_versions(session: AsyncSession, steps: dict[int, int]) ->
     for start in range(0, len(ids), 500):
         chunk = ids[start : start + 500]
         result = await session.execute(
-            select(USER.c.id, USER.c.account_version).where(USER.c.id.in_(chunk)).order_by(USER.c.id).with_for_update()
+            select(USER.c.id, USER.c.account_version)
+            .where(USER.c.id.in_(chunk))
+            .order_by(USER.c.id)
+            .with_for_update()
         )
         before.update((row.id, row.account_version) for row in result)
         for step in {steps[i] for i in chunk}:
@@ -370,7 +393,9 @@ async def list_changed_messages(
     return [MessageRow(*row) for row in result]
 
 
-async def list_changed_members(session: AsyncSession, chat_id: int, *, after: int, limit: int) -> list[MemberRow]:
+async def list_changed_members(
+    session: AsyncSession, chat_id: int, *, after: int, limit: int
+) -> list[MemberRow]:
     """Memberships stamped after a version, by version; those of one version together or not at all."""
     result = await session.execute(
         select(*MEMBER_COLUMNS)
@@ -381,11 +406,15 @@ async def list_changed_members(session: AsyncSession, chat_id: int, *, after: in
     return [MemberRow(*row) for row in result]
 
 
-async def list_hidden(session: AsyncSession, user_id: int, chat_id: int, seqs: Sequence[int]) -> frozenset[int]:
+async def list_hidden(
+    session: AsyncSession, user_id: int, chat_id: int, seqs: Sequence[int]
+) -> frozenset[int]:
     """Which of these messages the user deleted for themselves."""
     if not seqs:
         return frozenset()
     result = await session.execute(
-        select(HIDDEN.c.seq).where(HIDDEN.c.user_id == user_id, HIDDEN.c.chat_id == chat_id, HIDDEN.c.seq.in_(seqs))
+        select(HIDDEN.c.seq).where(
+            HIDDEN.c.user_id == user_id, HIDDEN.c.chat_id == chat_id, HIDDEN.c.seq.in_(seqs)
+        )
     )
     return frozenset(result.scalars())

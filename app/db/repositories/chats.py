@@ -146,7 +146,8 @@ async def list_chats(
     source = (
         MEMBER.join(CHAT, CHAT.c.id == MEMBER.c.chat_id)
         .outerjoin(
-            peer, and_(CHAT.c.type == "personal", peer.c.chat_id == CHAT.c.id, peer.c.user_id != MEMBER.c.user_id)
+            peer,
+            and_(CHAT.c.type == "personal", peer.c.chat_id == CHAT.c.id, peer.c.user_id != MEMBER.c.user_id),
         )
         .outerjoin(
             last,
@@ -196,11 +197,12 @@ async def list_chats(
         .order_by(CHAT.c.last_activity_at.desc(), CHAT.c.id.desc())
         .limit(limit)
     )
+    width = len(ChatListRow._fields) - 1
     rows: list[ChatListRow] = []
     for row in await session.execute(statement):
         fields = tuple(row)
-        head, message = fields[:20], fields[20:]
-        rows.append(ChatListRow(*head, MessageRow(*message) if message[0] is not None else None))
+        message = MessageRow(*fields[width:]) if fields[width] is not None else None
+        rows.append(ChatListRow._make((*fields[:width], message)))
     return rows
 
 
@@ -247,7 +249,9 @@ async def list_messages(
     return rows[::-1] if newest_first else rows
 
 
-async def list_readers(session: AsyncSession, chat_id: int, seq: int) -> list[tuple[int, int, int, datetime | None]]:
+async def list_readers(
+    session: AsyncSession, chat_id: int, seq: int
+) -> list[tuple[int, int, int, datetime | None]]:
     """(user_id, read_seq, delivered_seq, read_at) of members whom a message has reached."""
     result = await session.execute(
         select(MEMBER.c.user_id, MEMBER.c.read_seq, MEMBER.c.delivered_seq, MEMBER.c.read_at).where(

@@ -14,7 +14,15 @@ from typing import assert_never, cast
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.core.clock import Clock, timestamp
-from app.core.errors import BadInput, Conflict, DialectError, Forbidden, chat_not_found, message_not_found, peer_unavailable
+from app.core.errors import (
+    BadInput,
+    Conflict,
+    DialectError,
+    Forbidden,
+    chat_not_found,
+    message_not_found,
+    peer_unavailable,
+)
 from app.db.events import AccountEvent, ChatEvent
 from app.db.repositories import chat_log as repository
 from app.db.repositories.chat_log import ChatRow, ChatUpdate, MarkUpdate, MemberRow, MessageRow
@@ -93,7 +101,8 @@ class _Draft:
     @property
     def changed(self) -> bool:
         return (
-            self.updated.version != self.row.version or self.updated.members_version != self.row.members_version
+            self.updated.version != self.row.version
+            or self.updated.members_version != self.row.members_version
         )
 
 
@@ -283,7 +292,9 @@ class _Batch:
         # Ids are unique, so the id itself names the send.
         client_id = change.message_id.to_bytes(16, "big")
         service = json.dumps(change.service, ensure_ascii=False)
-        return self._insert(draft, change.message_id, change.user_id, client_id, "service", "", service, None, None)
+        return self._insert(
+            draft, change.message_id, change.user_id, client_id, "service", "", service, None, None
+        )
 
     def _insert(
         self,
@@ -345,7 +356,13 @@ class _Batch:
             "hidden": False,
         }
         draft.add_event(
-            {"type": "new_message", "chat_id": updated.id, "version": version, "prev": prev, "message": message}
+            {
+                "type": "new_message",
+                "chat_id": updated.id,
+                "version": version,
+                "prev": prev,
+                "message": message,
+            }
         )
         return Done(message)
 
@@ -369,7 +386,9 @@ class _Batch:
         member = self._require_member(draft, change.user_id)
         row = self._require_target(draft, member, change.message_id)
         if row.sender_id != change.user_id and not (draft.roster.type == "group" and member.role != "member"):
-            raise Forbidden("not_your_message", "Only its sender or an admin may delete a message for everybody.")
+            raise Forbidden(
+                "not_your_message", "Only its sender or an admin may delete a message for everybody."
+            )
         if row.message_type == "service":
             raise Forbidden("not_deletable", "Service messages cannot be deleted for everybody.")
         if row.deleted_at is not None:
@@ -491,7 +510,9 @@ class _Batch:
             draft.joined.add(user_id)
             draft.left.discard(user_id)
         for user_id in change.leave:
-            rows.append(self._member(updated.id, user_id)._replace(left_seq=updated.last_seq, version=version))
+            rows.append(
+                self._member(updated.id, user_id)._replace(left_seq=updated.last_seq, version=version)
+            )
             del active[user_id]
             draft.left.add(user_id)
             draft.joined.discard(user_id)
@@ -615,5 +636,3 @@ class _Batch:
                 else:
                     event = {"type": "chat_removed", "account_version": version, "chat_id": draft.row.id}
                 self.account_events.append((user_id, event))
-
-

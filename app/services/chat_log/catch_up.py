@@ -44,11 +44,12 @@ async def visible_messages(
 class CatchUpService:
     """Reads what clients missed, for sockets and for REST alike."""
 
-    def __init__(self, *, settings: Settings, database: Database, connections: ConnectionManager, epoch: str) -> None:
+    def __init__(self, *, settings: Settings, database: Database, connections: ConnectionManager) -> None:
         self._settings = settings
         self._database = database
         self._connections = connections
-        self.epoch = epoch
+        self.epoch = ""
+        """Names the database; read at start."""
         # A storm of returning clients must leave the pool to those who send.
         self._reads = asyncio.Semaphore(CONCURRENT_READS)
 
@@ -62,7 +63,8 @@ class CatchUpService:
                 return
             afresh = (
                 since is None
-                or since < cursor.joined_version  # left and joined again: what was missed was not theirs to see
+                or since
+                < cursor.joined_version  # left and joined again: what was missed was not theirs to see
                 or since > cursor.version
                 or cursor.version - since > self._settings.resume_max_changes
             )
@@ -128,7 +130,9 @@ class CatchUpService:
                 upto = target
                 if len(rows) == PAGE_MESSAGES:
                     upto = min(target, rows[-1].version)
-                members = await repository.list_changed_members(session, chat_id, after=after, limit=PAGE_MEMBERS * 10)
+                members = await repository.list_changed_members(
+                    session, chat_id, after=after, limit=PAGE_MEMBERS * 10
+                )
                 messages = await visible_messages(session, user_id, chat_id, rows)
                 [info] = await repository.find_chats(session, [chat_id])
             yield {
@@ -180,13 +184,19 @@ class CatchUpService:
         return events
 
     async def _resume(
-        self, user_id: int, state: ResumeIn, cursors: Sequence[ChatCursor], ref: str | None, *, tell_unchanged: bool
+        self,
+        user_id: int,
+        state: ResumeIn,
+        cursors: Sequence[ChatCursor],
+        ref: str | None,
+        *,
+        tell_unchanged: bool,
     ) -> AsyncIterator[CatchUpEvent]:
         known = {int(chat_id): version for chat_id, version in state.chats.items()}
         mine = {cursor.chat_id for cursor in cursors}
         same_epoch = state.epoch is None or state.epoch == self.epoch
         async with self._reads, self._database.reading() as session:
-            account_version = (await users_repository.account_versions(session, [user_id])).get(user_id, 0)
+            account_version = (await accounts_repository.account_versions(session, [user_id])).get(user_id, 0)
             account_events: list[CatchUpEvent] = []
             if state.account_version != account_version or not same_epoch:
                 after = state.account_version if same_epoch and state.account_version < account_version else 0
@@ -249,4 +259,8 @@ class CatchUpService:
                     "seq": hidden.seq,
                 }
         profile_version = await accounts_repository.profile_version(session, user_id)
-        yield {"type": "profile_changed", "account_version": account_version, "profile_version": profile_version}
+        yield {
+            "type": "profile_changed",
+            "account_version": account_version,
+            "profile_version": profile_version,
+        }

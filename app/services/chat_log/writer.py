@@ -137,7 +137,9 @@ class Writer:
             self._wake.clear()
             while self._queue:
                 size = min(len(self._queue), self._settings.writer_batch_max)
-                self._batch = [pending for pending in (self._queue.popleft() for _ in range(size)) if pending.on_done]
+                self._batch = [
+                    pending for pending in (self._queue.popleft() for _ in range(size)) if pending.on_done
+                ]
                 try:
                     await self._commit(self._batch)
                 except Exception:
@@ -155,7 +157,9 @@ class Writer:
             late = [pending for pending in (*self._batch, *self._queue) if pending.deadline <= now]
             for pending in late:
                 pending.settle(
-                    Unavailable("database_unavailable", "The database does not answer; try again.", retry_after=2)
+                    Unavailable(
+                        "database_unavailable", "The database does not answer; try again.", retry_after=2
+                    )
                 )
 
     async def _commit(self, batch: Sequence[_Pending]) -> None:
@@ -232,4 +236,3 @@ class Writer:
                 pending.settle(chat_not_found())
         if len(deferred) == len(batch):
             await asyncio.sleep(0.005)  # nothing but locked chats: let their holder finish
-

@@ -1,0 +1,214 @@
+"""Chats and their messages over REST."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import APIRouter, Path, Query, Response
+
+from app.api.deps import CallerDep, ServicesDep, UowDep
+from app.api.problems import problems
+from app.db.events import DeleteMessageCommand, EditMessageCommand, MessageReadCommand, NewMessageCommand
+from app.db.schemas import (
+    MAX_ID,
+    Chat,
+    ChatEditIn,
+    ChatPage,
+    GroupIn,
+    Members,
+    MembersIn,
+    Message,
+    MessageEditIn,
+    MessageIn,
+    PersonalChatIn,
+    Readers,
+    RoleIn,
+    Sent,
+)
+
+router = APIRouter(prefix="/chats", tags=["Chats"])
+
+ChatId = Annotated[int, Path(ge=1, le=MAX_ID, description="Id of a chat the caller is in.", examples=[1])]
+UserId = Annotated[int, Path(ge=1, le=MAX_ID, description="Id of a person.", examples=[2])]
+MessageId = Annotated[int, Path(ge=1, le=MAX_ID, description="Id of a message in this chat.", examples=[42])]
+Cursor = Annotated[str | None, Query(max_length=256, description="`next` of the page before.")]
+Limit = Annotated[int, Query(ge=1, le=100, description="Items of a page.")]
+
+
+@router.get("", summary="My chats", responses=problems(401))
+async def list_chats(
+    services: ServicesDep, caller: CallerDep, cursor: Cursor = None, limit: Limit = 50
+) -> ChatPage:
+    """The caller's chats by last activity, newest first, with all that is needed to draw the list."""
+    return await services.chats.list_chats(caller.user_id, cursor=cursor, limit=limit)
+
+
+@router.post(
+    "/personal",
+    summary="Talk to somebody",
+    status_code=201,
+    responses={**problems(401, 403, 404), 200: {"model": Chat, "description": "They have a chat already."}},
+)
+async def create_personal(
+    services: ServicesDep, caller: CallerDep, uow: UowDep, body: PersonalChatIn, response: Response
+) -> Chat:
+    """The personal chat with somebody, made if there is none yet: two people have one, whoever asks first."""
+    chat, created = await services.chats.create_personal(uow, caller.user_id, body.user_id)
+    response.status_code = 201 if created else 200
+    return chat
+
+
+@router.post(
+    "/saved",
+    summary="Saved messages",
+    status_code=201,
+    responses={**problems(401), 200: {"model": Chat, "description": "It exists already."}},
+)
+async def create_saved(services: ServicesDep, caller: CallerDep, uow: UowDep, response: Response) -> Chat:
+    """The caller's chat with themselves."""
+    chat, created = await services.chats.create_saved(uow, caller.user_id)
+    response.status_code = 201 if created else 200
+    return chat
+
+
+@router.post("/group", summary="New group", status_code=201, responses=problems(401, 403, 404, 409))
+async def create_group(services: ServicesDep, caller: CallerDep, uow: UowDep, body: GroupIn) -> Chat:
+    """A group with the caller as its owner."""
+    return await services.chats.create_group(uow, caller.user_id, body)
+
+
+@router.get("/{chat_id}", summary="One chat", responses=problems(401, 404))
+async def get_chat(services: ServicesDep, caller: CallerDep, chat_id: ChatId) -> Chat:
+    """One of the caller's chats."""
+    return await services.chats.get(caller.user_id, chat_id)
+
+
+@router.patch("/{chat_id}", summary="Change a group", responses=problems(401, 403, 404, 409))
+async def edit_chat(
+    services: ServicesDep, caller: CallerDep, uow: UowDep, chat_id: ChatId, body: ChatEditIn
+) -> Chat:
+    """New title, description or settings. Admins only."""
+    return await services.chats.edit(uow, caller.user_id, chat_id, body)
+
+
+@router.get("/{chat_id}/members", summary="Who is in a chat", responses=problems(401, 404))
+async def list_members(
+    services: ServicesDep, caller: CallerDep, chat_id: ChatId, cursor: Cursor = None, limit: Limit = 100
+) -> Members:
+    """Members by user id, with their profiles."""
+    return await services.chats.list_members(caller.user_id, chat_id, cursor=cursor, limit=limit)
+
+
+@router.post("/{chat_id}/members", summary="Add people", responses=problems(401, 403, 404, 409))
+async def add_members(
+    services: ServicesDep, caller: CallerDep, uow: UowDep, chat_id: ChatId, body: MembersIn
+) -> Chat:
+    """Let people into a group. Admins only; those already in it are passed over."""
+    return await services.chats.add_members(uow, caller.user_id, chat_id, body.user_ids)
+
+
+@router.delete(
+    "/{chat_id}/members/{user_id}",
+    summary="Remove somebody",
+    status_code=204,
+    responses=problems(401, 403, 404, 409),
+)
+async def remove_member(
+    services: ServicesDep, caller: CallerDep, uow: UowDep, chat_id: ChatId, user_id: UserId
+) -> None:
+    """Take somebody of a lower role out of a group; oneself to leave it."""
+    await services.chats.remove_member(uow, caller.user_id, chat_id, user_id)
+
+
+@router.put(
+    "/{chat_id}/members/{user_id}/role", summary="Change a role", responses=problems(401, 403, 404, 409)
+)
+async def set_role(
+    services: ServicesDep, caller: CallerDep, uow: UowDep, chat_id: ChatId, user_id: UserId, body: RoleIn
+) -> Chat:
+    """Promote, demote, or hand the group over with `owner`. The owner only."""
+    return await services.chats.set_role(uow, caller.user_id, chat_id, user_id, body.role)
+
+
+@router.post("/{chat_id}/leave", summary="Leave a group", status_code=204, responses=problems(401, 404, 409))
+async def leave_chat(services: ServicesDep, caller: CallerDep, uow: UowDep, chat_id: ChatId) -> None:
+    """Leave a group. Its owner hands it over first."""
+    await services.chats.leave(uow, caller.user_id, chat_id)
+
+
+@router.post(
+    "/{chat_id}/messages", summary="Send a message", status_code=201, responses=problems(401, 403, 404)
+)
+async def send_message(services: ServicesDep, caller: CallerDep, chat_id: ChatId, body: MessageIn) -> Sent:
+    """Store a message for good and tell everybody in the chat: the same as `new_message` over the socket.
+
+    With a `client_id`, a retry gets the first answer, whenever it comes and over whichever door.
+    """
+    command = NewMessageCommand(type="new_message", chat_id=chat_id, **dict(body))
+    return {"message": await services.messages.send(caller.user_id, command)}
+
+
+@router.get("/{chat_id}/messages/{message_id}", summary="One message", responses=problems(401, 404))
+async def get_message(
+    services: ServicesDep, caller: CallerDep, chat_id: ChatId, message_id: MessageId
+) -> Message:
+    """One message of a chat, for instance the one that another answers."""
+    return await services.messages.get(caller.user_id, chat_id, message_id)
+
+
+@router.patch(
+    "/{chat_id}/messages/{message_id}", summary="Edit a message", responses=problems(401, 403, 404, 409)
+)
+async def edit_message(
+    services: ServicesDep, caller: CallerDep, chat_id: ChatId, message_id: MessageId, body: MessageEditIn
+) -> Message:
+    """New text for one's own message."""
+    return await services.messages.send(
+        caller.user_id,
+        EditMessageCommand(type="edit_message", chat_id=chat_id, message_id=message_id, content=body.content),
+    )
+
+
+@router.delete(
+    "/{chat_id}/messages/{message_id}",
+    summary="Delete a message",
+    status_code=204,
+    responses=problems(401, 403, 404),
+)
+async def delete_message(
+    services: ServicesDep,
+    caller: CallerDep,
+    chat_id: ChatId,
+    message_id: MessageId,
+    for_everyone: Annotated[bool, Query(description="False deletes it for the caller only.")] = True,
+) -> None:
+    """Delete a message for everybody (its sender, or an admin of the group) or for oneself only."""
+    await services.messages.delete(
+        caller.user_id,
+        DeleteMessageCommand(
+            type="delete_message", chat_id=chat_id, message_id=message_id, for_everyone=for_everyone
+        ),
+    )
+
+
+@router.post(
+    "/{chat_id}/messages/{message_id}/read",
+    summary="Mark as read",
+    status_code=204,
+    responses=problems(401, 404),
+)
+async def mark_read(services: ServicesDep, caller: CallerDep, chat_id: ChatId, message_id: MessageId) -> None:
+    """Mark a message, and all before it, as read."""
+    await services.messages.write(
+        caller.user_id, MessageReadCommand(type="message_read", chat_id=chat_id, message_id=message_id)
+    )
+
+
+@router.get(
+    "/{chat_id}/messages/{message_id}/readers", summary="Who has read it", responses=problems(401, 404)
+)
+async def list_readers(
+    services: ServicesDep, caller: CallerDep, chat_id: ChatId, message_id: MessageId
+) -> Readers:
+    """Who has read a message, and whom it has reached."""
+    return await services.messages.readers(caller.user_id, chat_id, message_id)

@@ -1,0 +1,120 @@
+"""Who is online: told to those who have a personal chat with them and asked to watch. Best effort, not part of any log."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+
+from app.core.clock import Clock, timestamp
+from app.core.config import Settings
+from app.core.errors import BadInput, Unavailable
+from app.db.database import Database
+from app.db.events import PresenceEvent
+from app.db.repositories import pairs as pairs_repository
+from app.db.repositories import users as users_repository
+from app.services.connection_manager import Connection, ConnectionManager
+from app.services.transport import Frames
+
+log = logging.getLogger(__name__)
+
+LAST_SEEN_DELAY_SECONDS = 1.0
+
+
+class PresenceService:
+    """Keeps who watches whom, and tells them."""
+
+    def __init__(
+        self, *, settings: Settings, clock: Clock, database: Database, connections: ConnectionManager
+    ) -> None:
+        self._settings = settings
+        self._clock = clock
+        self._database = database
+        self._connections = connections
+        self._watchers: dict[int, set[Connection]] = {}
+        self._gone: set[int] = set()
+        self._flush: asyncio.Task[None] | None = None
+        connections.presence_listeners.append(self._on_presence)
+
+    async def subscribe(self, connection: Connection, user_ids: Sequence[int]) -> None:
+        """Let a connection watch these people instead of those before, and tell it how they are now.
+
+        People one has no personal chat with, or a block, simply never change. Raises BadInput for too many.
+        """
+        limit = self._settings.max_presence_subscriptions
+        if len(user_ids) > limit:
+            raise BadInput(
+                "too_many_subscriptions", f"At most {limit} people can be watched.", field="user_ids"
+            )
+        async with self._database.reading() as session:
+            pairs = await pairs_repository.find_pairs(session, connection.user_id, user_ids)
+            allowed = [
+                user_id for user_id, pair in pairs.items() if pair.chat_id is not None and not pair.any_block
+            ]
+            rows = await users_repository.list_users(session, allowed)
+        if connection.closing:
+            return
+        self.forget(connection)
+        connection.watching = frozenset(row.id for row in rows)
+        for row in rows:
+            self._watchers.setdefault(row.id, set()).add(connection)
+            online = self._connections.is_online(row.id)
+            seen = None if online or row.last_seen_at is None else timestamp(row.last_seen_at)
+            connection.send_event(
+                {"type": "presence", "user_id": row.id, "online": online, "last_seen_at": seen}
+            )
+
+    def forget(self, connection: Connection) -> None:
+        """End all that a connection watches."""
+        for user_id in connection.watching:
+            self._unwatch(connection, user_id)
+        connection.watching = frozenset()
+
+    def separate(self, user_id: int, other_id: int) -> None:
+        """A block came between two: neither sees the other any more."""
+        for watcher, watched in ((user_id, other_id), (other_id, user_id)):
+            for connection in list(self._watchers.get(watched, ())):
+                if connection.user_id == watcher:
+                    self._unwatch(connection, watched)
+                    connection.watching -= {watched}
+
+    def _unwatch(self, connection: Connection, user_id: int) -> None:
+        watchers = self._watchers.get(user_id)
+        if watchers is not None:
+            watchers.discard(connection)
+            if not watchers:
+                del self._watchers[user_id]
+
+    def _on_presence(self, user_id: int, online: bool) -> None:
+        now = self._clock.now()
+        if not online:
+            self._gone.add(user_id)
+            if self._flush is None or self._flush.done():
+                self._flush = self._connections.start_task(self._store_last_seen(), "last-seen")
+        watchers = self._watchers.get(user_id)
+        if watchers:
+            event: PresenceEvent = {
+                "type": "presence",
+                "user_id": user_id,
+                "online": online,
+                "last_seen_at": None if online else timestamp(now),
+            }
+            frames = Frames.of(event)
+            for connection in watchers:
+                connection.send_droppable(frames)
+
+    async def _store_last_seen(self) -> None:
+        """Store when people went, a second's worth at once: a thousand may drop together."""
+        await asyncio.sleep(LAST_SEEN_DELAY_SECONDS)
+        while self._gone:
+            gone = [user_id for user_id in self._gone if not self._connections.is_online(user_id)]
+            self._gone.clear()
+            if not gone:
+                return
+            try:
+                async with self._database.writing() as session:
+                    await users_repository.touch_last_seen(
+                        session, sorted(gone), self._clock.now().replace(tzinfo=None)
+                    )
+            except Unavailable:
+                log.info("last_seen_not_stored", extra={"users": len(gone)})
