@@ -11,7 +11,7 @@ import re
 import sys
 from collections.abc import Mapping
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, Literal
 
 import orjson
 import structlog
@@ -133,8 +133,14 @@ def _plain(value: object) -> str:
     return f'"{text}"' if " " in text or not text else text
 
 
-class _Handler(logging.StreamHandler[Any]):
-    """Ours, so that configuring twice replaces it and leaves other people's handlers alone."""
+class _Handler(logging.Handler):
+    """Writes to whatever stderr is at the time. Ours, so that configuring twice replaces no one else's."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            sys.stderr.write(self.format(record) + "\n")
+        except Exception:
+            self.handleError(record)
 
 
 class _UvicornFilter(logging.Filter):
@@ -150,37 +156,41 @@ class _UvicornFilter(logging.Filter):
         return True
 
 
-def configure_logging(settings: Settings) -> None:
-    """Send all logs of this process to stderr, in the format and from the level that the settings name."""
-    shared: list[Processor] = [
-        structlog.stdlib.add_log_level,
-        structlog.stdlib.add_logger_name,
-        structlog.processors.TimeStamper(fmt="iso", utc=True),
-        _add_request_id,
-    ]
-    last = structlog.processors.JSONRenderer(_to_json) if settings.log_format == "json" else _to_console
-    formatter = structlog.stdlib.ProcessorFormatter(
-        foreign_pre_chain=[*shared, structlog.stdlib.ExtraAdder()],
+_SHARED: list[Processor] = [
+    structlog.stdlib.add_log_level,
+    structlog.stdlib.add_logger_name,
+    structlog.processors.TimeStamper(fmt="iso", utc=True),
+    _add_request_id,
+]
+
+
+def log_formatter(log_format: Literal["json", "console"]) -> logging.Formatter:
+    """Makes a line of a record, redacted."""
+    return structlog.stdlib.ProcessorFormatter(
+        foreign_pre_chain=[*_SHARED, structlog.stdlib.ExtraAdder()],
         processors=[
             structlog.stdlib.ProcessorFormatter.remove_processors_meta,
             _hide_parameters,
             structlog.processors.format_exc_info,
             _clean_event,
-            last,
+            structlog.processors.JSONRenderer(_to_json) if log_format == "json" else _to_console,
         ],
     )
+
+
+def configure_logging(settings: Settings) -> None:
+    """Send all logs of this process to stderr, in the format and from the level that the settings name."""
     structlog.configure(
         processors=[
             structlog.stdlib.filter_by_level,
-            *shared,
+            *_SHARED,
             structlog.stdlib.ProcessorFormatter.wrap_for_formatter,
         ],
         logger_factory=structlog.stdlib.LoggerFactory(),
         wrapper_class=structlog.stdlib.BoundLogger,
-        cache_logger_on_first_use=False,
     )
-    handler = _Handler(sys.stderr)
-    handler.setFormatter(formatter)
+    handler = _Handler()
+    handler.setFormatter(log_formatter(settings.log_format))
     root = logging.getLogger()
     for old in [old for old in root.handlers if isinstance(old, _Handler)]:
         root.removeHandler(old)
