@@ -1,0 +1,435 @@
+"""Accounts and sessions: who may come in, by what proof, and for how long.
+
+A session is one device logged in. Its access token proves who calls for an hour; its refresh token, which works
+once, fetches the next pair. Passwords are hashed outside any transaction.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import logging
+import unicodedata
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import NamedTuple
+
+from app.core import security
+from app.core.bloom_filter import UsernameFilter
+from app.core.clock import Clock, timestamp
+from app.core.config import Settings
+from app.core.errors import Forbidden, NotFound, Unauthenticated, Unavailable
+from app.core.ids import IdAllocator
+from app.core.passwords import check_password, prepare_password
+from app.core.phone import parse_phone
+from app.core.security import AccessTokens, PasswordHasher
+from app.db.database import Database
+from app.db.repositories import sessions as session_repository
+from app.db.repositories import users as user_repository
+from app.db.repositories.sessions import SessionRow
+from app.db.repositories.users import UserRow
+from app.db.schemas import Device, Registered, RegisterIn, Ticket, Tokens
+from app.services.rate_limiter import RateLimiter, address_key
+from app.services.unit_of_work import UnitOfWork, UnitOfWorkFactory
+from app.services.user_service import check_username, me_view, name_key
+
+log = logging.getLogger(__name__)
+
+CACHE_SECONDS = 60.0
+"""For so long a session is believed alive without asking; what ends here is forgotten at once."""
+CACHED_SESSIONS = 50_000
+TICKETS = 10_000
+TICKETS_PER_SESSION = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who is calling, by which session, and until when that is proven."""
+
+    user_id: int
+    session_id: int
+    expires_at: datetime
+
+
+class _Alive(NamedTuple):
+    user_id: int
+    expires_at: datetime
+    checked_at: float
+
+
+class _OpenTicket(NamedTuple):
+    caller: Caller
+    closes_at: float
+
+
+class AuthService:
+    """Registers, logs in, and says who is calling."""
+
+    def __init__(
+        self,
+        *,
+        settings: Settings,
+        clock: Clock,
+        database: Database,
+        unit_of_work: UnitOfWorkFactory,
+        ids: IdAllocator,
+        hasher: PasswordHasher,
+        usernames: UsernameFilter,
+        limiter: RateLimiter,
+    ) -> None:
+        self.settings = settings
+        self.clock = clock
+        self.database = database
+        self.unit_of_work = unit_of_work
+        self.ids = ids
+        self.hasher = hasher
+        self.usernames = usernames
+        self.limiter = limiter
+        self.tokens = AccessTokens(settings, clock)
+        self.on_session_ended: list[Callable[[int], None]] = []
+        """Called with the id of a session once its end is committed."""
+        self._secret_key = settings.secret_key.get_secret_value().encode()
+        self._alive: OrderedDict[int, _Alive] = OrderedDict()
+        self._endings = 0
+        self._tickets: OrderedDict[bytes, _OpenTicket] = OrderedDict()
+
+    # --- coming in ---
+
+    async def register(self, body: RegisterIn, ip: str, user_agent: str = "") -> Registered:
+        """A new account with its first session.
+
+        Raises BadInput for what cannot be a phone, a username or a password, Conflict when one of the first two is
+        taken, TooManyRequests and Unavailable.
+        """
+        phone = parse_phone(body.phone, validation=self.settings.phone_validation)
+        check_username(body.username)
+        password = prepare_password(body.password)
+        check_password(password, min_length=self.settings.password_min_length, phone=phone, username=body.username)
+        await self.limiter.hit("limit_register_per_ip", address_key(ip))
+        password_hash = await self.hasher.hash(password)
+        [user_id] = await self.ids.reserve("user")
+        [session_id] = await self.ids.reserve("session")
+        now = self._now()
+        user = UserRow(
+            id=user_id,
+            phone=phone,
+            username=body.username,
+            display_name=body.display_name or body.username,
+            bio="",
+            profile_version=1,
+            account_version=0,
+            created_at=now,
+            last_seen_at=None,
+        )
+        session = self._new_session(session_id, user_id, ip, body.device_name or user_agent, body.platform)
+        async with self.unit_of_work() as uow:
+            # The constraints decide: whoever looked first and inserted then would let twins through.
+            await user_repository.insert_user(
+                uow.session, user, display_name_key=name_key(user.display_name), password_hash=password_hash
+            )
+            refresh_token = await self._insert_session(uow, session)
+            uow.after_commit(lambda: self.usernames.add(user.username))
+        return {**me_view(user), **self._tokens(user_id, session_id, refresh_token)}
+
+    async def login(
+        self, phone: str, password: str, ip: str, *, device_name: str = "", platform: str = "", user_agent: str = ""
+    ) -> Tokens:
+        """A new session of an account.
+
+        Raises Unauthenticated, the same and as late for an unknown phone and for a wrong password, BadInput for
+        what is no phone, TooManyRequests and Unavailable.
+        """
+        phone = parse_phone(phone, validation=self.settings.phone_validation, field="username")
+        address = address_key(ip)
+        await self.limiter.hit("limit_login_per_ip", address)
+        await self.limiter.hit("limit_login_per_account_and_ip", phone, address)
+        async with self.database.reading() as reading:
+            found = await user_repository.find_credentials(reading, phone)
+            user_id, stored = found or (0, None)
+            alive = await session_repository.list_alive(reading, user_id, self._now())
+        failures = self._failure_key(phone, address, alive)
+        await self.limiter.hit("limit_login_failures_per_account", *failures)
+        password = prepare_password(password)
+        if not await self.hasher.verify(stored, password) or stored is None:
+            raise _invalid_credentials()
+        await self.limiter.clear("limit_login_failures_per_account", *failures)
+        new_hash = await self.hasher.hash(password) if self.hasher.needs_rehash(stored) else None
+        [session_id] = await self.ids.reserve("session")
+        session = self._new_session(session_id, user_id, ip, device_name or user_agent, platform)
+        async with self.unit_of_work() as uow:
+            # Under the lock: a password changed meanwhile must not open a session that outlives the change.
+            if await user_repository.lock_password_hash(uow.session, user_id) != stored:
+                raise _invalid_credentials()
+            if new_hash is not None:
+                await user_repository.update_password(uow.session, user_id, new_hash)
+            await session_repository.prune_sessions(uow.session, user_id, self._now())
+            await self._make_room(uow, user_id)
+            refresh_token = await self._insert_session(uow, session)
+        return self._tokens(user_id, session_id, refresh_token)
+
+    def _failure_key(self, phone: str, address: str, alive: Sequence[SessionRow]) -> tuple[str, ...]:
+        """Strangers share one count per account; an address the account is used from has its own.
+
+        So nobody can lock the owner out by guessing.
+        """
+        known = any(address_key(row.ip) == address for row in alive)
+        return (phone, address) if known else (phone,)
+
+    async def _make_room(self, uow: UnitOfWork, user_id: int) -> None:
+        alive = await session_repository.list_alive(uow.session, user_id, self._now())
+        if surplus := [row.id for row in alive[self.settings.max_sessions_per_user - 1 :]]:
+            await self._end(uow, surplus, "too_many")
+
+    def _new_session(self, session_id: int, user_id: int, ip: str, device_name: str, platform: str) -> SessionRow:
+        now = self._now()
+        return SessionRow(
+            id=session_id,
+            user_id=user_id,
+            device_name=_one_line(device_name, 64),
+            platform=_one_line(platform, 16),
+            ip=_address(ip),
+            created_at=now,
+            last_seen_at=now,
+            expires_at=now + self._idle_limit(),
+            ended_at=None,
+        )
+
+    async def _insert_session(self, uow: UnitOfWork, session: SessionRow) -> str:
+        refresh_token = security.new_secret()
+        await session_repository.insert_session(uow.session, session, security.token_hash(refresh_token))
+        return refresh_token
+
+    def _tokens(self, user_id: int, session_id: int, refresh_token: str) -> Tokens:
+        return {
+            "access_token": self.tokens.issue(user_id, session_id),
+            "token_type": "bearer",
+            "expires_in": self.tokens.lifetime_seconds,
+            "refresh_token": refresh_token,
+        }
+
+    # --- staying in ---
+
+    async def refresh(self, refresh_token: str, ip: str) -> Tokens:
+        """The next pair of tokens.
+
+        The token works once; repeated within the grace it brings the same successor, for the client that lost the
+        answer. Later it betrays that two hold it: the session ends. Raises Unauthenticated and TooManyRequests.
+        """
+        await self.limiter.hit("limit_refresh_per_ip", address_key(ip))
+        used = security.token_hash(refresh_token)
+        successor = security.successor(self._secret_key, refresh_token)
+        now = self._now()
+        async with self.unit_of_work() as uow:
+            token = await session_repository.find_token(uow.session, used)
+            session = await session_repository.lock_session(uow.session, token.session_id) if token else None
+            # Again, under the lock: twins of this request may have waited for it, too.
+            token = await session_repository.find_token(uow.session, used)
+            if token is None or session is None or not session.is_alive(now):
+                raise _invalid_refresh_token()
+            if token.used_at is None:
+                await session_repository.rotate_token(
+                    uow.session,
+                    session._replace(ip=_address(ip), last_seen_at=now, expires_at=now + self._idle_limit()),
+                    used=used,
+                    successor=security.token_hash(successor),
+                    at=now,
+                    forget_before=now - self._idle_limit(),
+                )
+                reused = False
+            else:
+                reused = now - token.used_at > timedelta(seconds=self.settings.refresh_grace_seconds)
+            if reused:
+                await self._end(uow, [session.id], "token_reused")
+        if reused:  # only now: raising inside would undo the end of the session
+            log.warning("refresh_token_reused", extra={"user_id": session.user_id, "session_id": session.id})
+            raise _invalid_refresh_token()
+        return self._tokens(session.user_id, session.id, successor)
+
+    async def authenticate(self, token: str) -> Caller:
+        """Who calls with this access token. Raises Unauthenticated, the same for every fault."""
+        claims = self.tokens.read(token)
+        caller = Caller(claims.user_id, claims.session_id, claims.expires_at)
+        if not await self.is_alive(caller):
+            raise Unauthenticated
+        return caller
+
+    async def is_alive(self, caller: Caller) -> bool:
+        """Whether the session still stands; on other workers an end shows within CACHE_SECONDS."""
+        now = self._now()
+        known = self._alive.get(caller.session_id)
+        if (
+            known is None
+            or self.clock.monotonic() - known.checked_at > CACHE_SECONDS
+            or known.expires_at <= now  # a refresh may have moved it since
+        ):
+            known = await self._check_session(caller.session_id, now)
+        return known is not None and known.user_id == caller.user_id and known.expires_at > now
+
+    async def _check_session(self, session_id: int, now: datetime) -> _Alive | None:
+        endings = self._endings
+        checked_at = self.clock.monotonic()
+        async with self.database.reading() as reading:
+            row = await session_repository.find_session(reading, session_id)
+        if row is None or not row.is_alive(now):
+            self._alive.pop(session_id, None)
+            return None
+        alive = _Alive(row.user_id, row.expires_at, checked_at)
+        if endings == self._endings:  # else what was read may be older than an end
+            self._alive[session_id] = alive
+            self._alive.move_to_end(session_id)
+            while len(self._alive) > CACHED_SESSIONS:
+                self._alive.popitem(last=False)
+        if now - row.last_seen_at >= timedelta(seconds=CACHE_SECONDS):
+            with contextlib.suppress(Unavailable):  # nobody is turned away for want of a time stamp
+                async with self.unit_of_work() as uow:
+                    await session_repository.touch_session(uow.session, session_id, now)
+        return alive
+
+    # --- going out ---
+
+    async def logout(self, caller: Caller) -> None:
+        """End the caller's session."""
+        async with self.unit_of_work() as uow:
+            await self._end(uow, [caller.session_id], "logout")
+
+    async def list_sessions(self, caller: Caller) -> list[Device]:
+        """The devices of the caller's account, the last used first."""
+        async with self.database.reading() as reading:
+            rows = await session_repository.list_alive(reading, caller.user_id, self._now())
+        return [
+            {
+                "id": row.id,
+                "device_name": row.device_name,
+                "platform": row.platform,
+                "ip": row.ip,
+                "created_at": timestamp(row.created_at),
+                "last_seen_at": timestamp(row.last_seen_at),
+                "current": row.id == caller.session_id,
+            }
+            for row in rows
+        ]
+
+    async def end_session(self, caller: Caller, session_id: int) -> None:
+        """Log one of the caller's devices out. Raises NotFound when it is none of theirs, or gone."""
+        async with self.unit_of_work() as uow:
+            row = await session_repository.lock_session(uow.session, session_id)
+            if row is None or row.user_id != caller.user_id or not row.is_alive(self._now()):
+                raise NotFound("session_not_found", "There is no such session.")
+            await self._end(uow, [session_id], "logout")
+
+    async def end_other_sessions(self, caller: Caller) -> None:
+        """Log all of the caller's devices out but this one."""
+        async with self.unit_of_work() as uow:
+            await user_repository.lock_password_hash(uow.session, caller.user_id)  # no login slips in between
+            await self._end_others(uow, caller)
+
+    async def change_password(self, caller: Caller, old: str, new: str) -> None:
+        """Change the password and log all other devices out.
+
+        Raises Forbidden when the old one is wrong, BadInput for a weak new one, TooManyRequests and Unavailable.
+        """
+        async with self.database.reading() as reading:
+            found = await user_repository.find_password(reading, caller.user_id)
+        if found is None:
+            raise Unauthenticated
+        user, stored = found
+        new = prepare_password(new)
+        check_password(new, min_length=self.settings.password_min_length, phone=user.phone, username=user.username)
+        # A stolen token must not be a way to guess without limit. Its guesses have a count of their own, so that
+        # they do not keep the owner from logging in.
+        failures = (user.phone, f"session {caller.session_id}")
+        await self.limiter.hit("limit_login_failures_per_account", *failures)
+        if not await self.hasher.verify(stored, prepare_password(old)):
+            raise _wrong_password()
+        await self.limiter.clear("limit_login_failures_per_account", *failures)
+        new_hash = await self.hasher.hash(new)
+        async with self.unit_of_work() as uow:
+            if await user_repository.lock_password_hash(uow.session, caller.user_id) != stored:
+                raise _wrong_password()
+            await user_repository.update_password(uow.session, caller.user_id, new_hash)
+            await self._end_others(uow, caller)
+
+    async def _end_others(self, uow: UnitOfWork, caller: Caller) -> None:
+        alive = await session_repository.list_alive(uow.session, caller.user_id, self._now())
+        if others := [row.id for row in alive if row.id != caller.session_id]:
+            await self._end(uow, others, "logout")
+
+    async def _end(self, uow: UnitOfWork, session_ids: list[int], reason: str) -> None:
+        await session_repository.end_sessions(uow.session, session_ids, self._now(), reason)
+        uow.after_commit(lambda: self._forget(session_ids))
+
+    def _forget(self, session_ids: list[int]) -> None:
+        self._endings += 1
+        for session_id in session_ids:
+            self._alive.pop(session_id, None)
+        for session_id in session_ids:
+            for callback in self.on_session_ended:
+                try:
+                    callback(session_id)
+                except Exception:
+                    log.exception("session_end_callback_failed")
+
+    # --- socket tickets ---
+
+    def issue_ticket(self, caller: Caller) -> Ticket:
+        """A key that opens one socket within seconds, so that no token stands in a URL.
+
+        Raises Unavailable when too many are waiting to be used.
+        """
+        now = self.clock.monotonic()
+        while self._tickets and next(iter(self._tickets.values())).closes_at <= now:
+            self._tickets.popitem(last=False)
+        own = [key for key, open_one in self._tickets.items() if open_one.caller.session_id == caller.session_id]
+        for key in own[: max(0, len(own) - TICKETS_PER_SESSION + 1)]:
+            del self._tickets[key]
+        if len(self._tickets) >= TICKETS:
+            raise Unavailable("overloaded", "Too many sockets are being opened; try again.", retry_after=1)
+        ticket = security.new_secret()
+        seconds = self.settings.socket_ticket_seconds
+        self._tickets[security.token_hash(ticket)] = _OpenTicket(caller, now + seconds)
+        return {"ticket": ticket, "expires_in": int(seconds)}
+
+    async def redeem_ticket(self, ticket: str) -> Caller:
+        """Who was given this ticket; it works once. Raises Unauthenticated, the same for every fault."""
+        found = self._tickets.pop(security.token_hash(ticket), None)
+        if found is None or found.closes_at <= self.clock.monotonic():
+            raise Unauthenticated
+        if found.caller.expires_at <= self.clock.now() or not await self.is_alive(found.caller):
+            raise Unauthenticated
+        return found.caller
+
+    # --- small things ---
+
+    def _now(self) -> datetime:
+        return self.clock.now().astimezone(UTC).replace(tzinfo=None)
+
+    def _idle_limit(self) -> timedelta:
+        return timedelta(days=self.settings.refresh_token_expire_days)
+
+
+def _address(ip: str) -> str:
+    """An address as stored; what a proxy made up is not."""
+    try:
+        return str(ipaddress.ip_address(ip))[:45]
+    except ValueError:
+        return ""
+
+
+def _one_line(text: str, length: int) -> str:
+    """Text of a client for a list of devices: printable, on one line, and short."""
+    kept = "".join(character for character in text if character.isprintable())
+    return unicodedata.normalize("NFC", kept).strip()[:length]
+
+
+def _invalid_credentials() -> Unauthenticated:
+    return Unauthenticated("invalid_credentials", "The phone or the password is wrong.")
+
+
+def _invalid_refresh_token() -> Unauthenticated:
+    return Unauthenticated("invalid_refresh_token", "The session has ended or expired; log in again.")
+
+
+def _wrong_password() -> Forbidden:
+    return Forbidden("wrong_password", "The old password is wrong.", field="old_password")
