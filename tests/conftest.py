@@ -1,0 +1,180 @@
+"""Fixtures: a database per test, the services on it, the application, real servers; and the watch over their logs.
+
+A test that takes `settings`, directly or not, runs on SQLite, and again on MySQL when DIALECT_TEST_MYSQL_URL is set.
+`@pytest.mark.settings(name=value)` changes settings for a test.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from fastapi import FastAPI
+
+from app.core.config import Settings
+
+# Before anything imports app.main, which builds an application from the environment: the developer's own settings
+# must not reach the tests.
+for _name in Settings.model_fields:
+    os.environ.pop(_name.upper(), None)
+os.environ["SECRET_KEY"] = "the key of the application that nobody starts"
+Settings.model_config["env_file"] = None
+
+from app.core.logging import log_formatter  # noqa: E402
+from app.db.database import Database  # noqa: E402
+from app.main import create_app  # noqa: E402
+from app.services.container import Services  # noqa: E402
+from tests.support.databases import ENGINES, MysqlDatabase, SqliteTemplate, make_settings  # noqa: E402
+from tests.support.secrets import check_log  # noqa: E402
+from tests.support.servers import COMMANDS, Door, Server, environment  # noqa: E402
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Declare the marks of this suite."""
+    config.addinivalue_line("markers", "settings(**values): settings of the test's database, application and servers")
+    config.addinivalue_line("markers", "logs_errors: the test provokes a failure that is logged with its traceback")
+
+
+# --- databases --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def sqlite_template(tmp_path_factory: pytest.TempPathFactory) -> SqliteTemplate:
+    """A migrated SQLite file."""
+    return SqliteTemplate(tmp_path_factory.mktemp("template"))
+
+
+@pytest.fixture(scope="session")
+def mysql_database(request: pytest.FixtureRequest) -> Iterator[MysqlDatabase]:
+    """A migrated MySQL database for this test process alone."""
+    database = MysqlDatabase(f"dialect_test_{os.getpid()}")
+    yield database
+    database.close()
+
+
+@pytest.fixture(params=ENGINES)
+def settings(request: pytest.FixtureRequest, tmp_path: Path) -> Settings:
+    """Settings that lead to a fresh, migrated database."""
+    if request.param == "mysql":
+        values = request.getfixturevalue("mysql_database").new()
+    else:
+        values = request.getfixturevalue("sqlite_template").new(tmp_path)
+    for mark in reversed(list(request.node.iter_markers("settings"))):
+        values = {**values, **mark.kwargs}
+    return make_settings(**values)
+
+
+@pytest.fixture
+async def database(settings: Settings) -> AsyncIterator[Database]:
+    """The connections alone. SQLite serves one owner: a test that has `services` uses `services.database`."""
+    database = Database(settings)
+    await database.start()
+    yield database
+    await database.close()
+
+
+# --- the application in this process ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+async def app(settings: Settings) -> AsyncIterator[FastAPI]:
+    """The application, started."""
+    app = create_app(settings)
+    async with app.router.lifespan_context(app):
+        yield app
+
+
+@pytest.fixture
+def services(app: FastAPI) -> Services:
+    """The services of `app`, started."""
+    services: Services = app.state.services
+    return services
+
+
+@pytest.fixture
+async def client(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
+    """A client of `app`, without a socket between."""
+    transport = httpx.ASGITransport(app=app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        yield client
+
+
+# --- servers ----------------------------------------------------------------------------------------------------
+
+StartServer = Callable[..., Server]
+
+
+@pytest.fixture
+def start_server(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[StartServer]:
+    """Starts servers: `start_server(settings, door="plain")`. What still runs at the end of the test is stopped."""
+    started: list[Server] = []
+    numbers = itertools.count(1)
+
+    def start(settings: Settings, door: Door = "tuned", *, ready: bool = True, **variables: str) -> Server:
+        server = Server(
+            COMMANDS[door],
+            cwd=tmp_path,
+            env=environment(settings, **variables),
+            log_path=tmp_path / f"server-{next(numbers)}.log",
+        )
+        started.append(server)
+        if ready:
+            server.wait_until_ready()
+        return server
+
+    yield start
+    for server in started:
+        try:
+            server.stop()
+        finally:
+            server.kill()
+    for server in started:
+        check_log(server.log, server.log_path.name, tracebacks_allowed=_provokes_errors(request))
+
+
+@pytest.fixture
+def server(settings: Settings, start_server: StartServer) -> Server:
+    """A server as `python -m app` starts it."""
+    return start_server(settings)
+
+
+# --- the watch over the logs ------------------------------------------------------------------------------------
+
+
+class _Collector(logging.Handler):
+    """Keeps what the log of this process would have shown."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+        self.setFormatter(log_formatter("json"))
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(self.format(record))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _collector() -> Iterator[_Collector]:
+    collector = _Collector()
+    logging.getLogger().addHandler(collector)
+    yield collector
+    logging.getLogger().removeHandler(collector)
+    # Once more with all that was planted since: a secret may have been logged before a test knew that it was one.
+    check_log("\n".join(collector.lines), "the log of all tests", tracebacks_allowed=True)
+
+
+@pytest.fixture(autouse=True)
+def _clean_log(_collector: _Collector, request: pytest.FixtureRequest) -> Iterator[None]:
+    begin = len(_collector.lines)
+    yield
+    text = "\n".join(_collector.lines[begin:])
+    check_log(text, "the log of this test", tracebacks_allowed=_provokes_errors(request))
+
+
+def _provokes_errors(request: pytest.FixtureRequest) -> bool:
+    return request.node.get_closest_marker("logs_errors") is not None

@@ -1,0 +1,160 @@
+"""Real servers in processes of their own, reached over real sockets."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import httpx
+from pydantic import SecretStr
+
+from app.core.config import Settings
+
+ROOT = Path(__file__).resolve().parents[2]
+PATIENCE = 20.0
+"""Seconds for what takes a moment. Only a failing test waits so long."""
+
+Door = Literal["tuned", "plain"]
+COMMANDS: dict[Door, list[str]] = {
+    "tuned": [sys.executable, "-m", "app", "--host", "127.0.0.1", "--port", "0"],
+    "plain": [sys.executable, "-m", "uvicorn", "app.main:app", "--host", "127.0.0.1", "--port", "0"],
+}
+
+
+def environment(settings: Settings | None = None, **variables: str) -> dict[str, str]:
+    """The environment of a process that shall have these settings, and none of the developer's."""
+    names = {name.upper() for name in Settings.model_fields}
+    env = {name: value for name, value in os.environ.items() if name.upper() not in names}
+    env |= {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    for name, value in settings or ():
+        if isinstance(value, SecretStr):
+            env[name.upper()] = value.get_secret_value()
+        elif isinstance(value, list):
+            env[name.upper()] = ",".join(value)
+        elif value is not None:
+            env[name.upper()] = str(value)
+    return env | variables
+
+
+def run(arguments: Sequence[str], *, cwd: Path, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end."""
+    return subprocess.run(arguments, cwd=cwd, env=env, text=True, capture_output=True, timeout=PATIENCE * 2)
+
+
+class Server:
+    """A server process and its log."""
+
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        *,
+        cwd: Path,
+        env: dict[str, str],
+        log_path: Path,
+    ) -> None:
+        self.log_path = log_path
+        self.url = ""
+        self._lines: list[str] = []
+        self._changed = threading.Condition()
+        self._ended = False
+        # A new session, so that a stop also reaches what `--reload` starts.
+        self._process = subprocess.Popen(
+            arguments,
+            cwd=cwd,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="backslashreplace",
+            start_new_session=True,
+        )
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def wait_until_ready(self) -> None:
+        """Return once it listens. Fails, with its log, when it ends before."""
+        match = self.wait_for_log(r"Uvicorn running on (http://[\w.:]+)")
+        self.url = match.group(1)
+
+    def wait_for_log(self, pattern: str, timeout: float = PATIENCE) -> re.Match[str]:
+        """Return once a line of the log matches, one that is already there included."""
+        found: list[re.Match[str]] = []
+
+        def search() -> bool:
+            found.extend(match for line in self._lines if (match := re.search(pattern, line)))
+            return bool(found) or self._ended
+
+        with self._changed:
+            in_time = self._changed.wait_for(search, timeout)
+        if not found:
+            reason = "the server ended" if in_time else f"{timeout} s passed"
+            raise AssertionError(f"{reason} without {pattern!r} in its log:\n{self.log}")
+        return found[0]
+
+    @property
+    def ws_url(self) -> str:
+        """The brief's door for sockets."""
+        return self.url.replace("http", "ws", 1) + "/api/v1/messages/ws"
+
+    @property
+    def log(self) -> str:
+        """All it has said."""
+        return "".join(self._lines)
+
+    @property
+    def pid(self) -> int:
+        """The process, for tests that look at it from outside."""
+        return self._process.pid
+
+    @property
+    def exit_code(self) -> int | None:
+        """None while it runs."""
+        return self._process.poll()
+
+    def client(self) -> httpx.AsyncClient:
+        """A client of its REST interface."""
+        return httpx.AsyncClient(base_url=self.url, timeout=PATIENCE)
+
+    def signal(self, number: int) -> None:
+        """Send a signal to the server."""
+        self._process.send_signal(number)
+
+    def wait(self, timeout: float = PATIENCE) -> int:
+        """Wait for its end; the exit code."""
+        code = self._process.wait(timeout)
+        self._reader.join(timeout)
+        return code
+
+    def stop(self) -> int:
+        """Ask it to stop, as an operator does; the exit code."""
+        if self.exit_code is None:
+            self.signal(signal.SIGTERM)
+        return self.wait()
+
+    def kill(self) -> None:
+        """End it at once, as a power cut does."""
+        if self.exit_code is None:
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self.wait()
+
+    def _read(self) -> None:
+        stream = self._process.stdout
+        assert stream is not None
+        with stream, self.log_path.open("w", encoding="utf-8") as copy:
+            for line in stream:
+                copy.write(line)
+                copy.flush()
+                with self._changed:
+                    self._lines.append(line)
+                    self._changed.notify_all()
+        with self._changed:
+            self._ended = True
+            self._changed.notify_all()
