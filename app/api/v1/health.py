@@ -10,7 +10,7 @@ from typing_extensions import TypedDict
 from app.api.deps import ServicesDep
 from app.api.problems import problem, problems
 
-router = APIRouter(prefix="/health", tags=["health"])
+router = APIRouter(prefix="/health", tags=["Health"])
 
 
 class Health(TypedDict):

@@ -1,0 +1,100 @@
+"""The application: `create_app` wires the parts, `app` is what `uvicorn app.main:app` serves. No logic."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+from fastapi import APIRouter, FastAPI
+from starlette.responses import JSONResponse, RedirectResponse, Response
+
+from app import __version__
+from app.api import problems
+from app.api.graceful_stop import graceful_stop
+from app.api.middleware import middleware
+from app.api.v1 import auth, chats, health, messages, socket, users
+from app.core.clock import Clock
+from app.core.config import Settings, get_settings
+from app.core.errors import StartupError
+from app.core.logging import configure_logging
+from app.services.container import Services, build_services
+
+DESCRIPTION = """
+A self-hosted messenger: accounts, personal and group chats, live messages over a WebSocket.
+
+Register, press **Authorize** and log in with phone and password, and try the requests here. Errors are
+`application/problem+json` (RFC 9457); act on their `code`.
+"""
+
+
+def create_app(settings: Settings | None = None, clock: Clock | None = None) -> FastAPI:
+    """The application with these settings, or those of the environment.
+
+    Raises StartupError when the settings cannot be used.
+    """
+    settings = settings or get_settings()
+    configure_logging(settings)
+    services = build_services(settings, clock)
+    app = FastAPI(
+        title="Dialect",
+        version=__version__,
+        description=DESCRIPTION,
+        lifespan=lifespan,
+        middleware=middleware(settings, services.clock),
+        docs_url="/docs" if settings.docs_enabled else None,
+        redoc_url="/redoc" if settings.docs_enabled else None,
+        openapi_url="/openapi.json" if settings.docs_enabled else None,
+        redirect_slashes=False,  # a redirect drops the body of a POST in half of the clients
+    )
+    app.state.services = services
+    problems.install(app)
+    app.include_router(api_router())
+    app.include_router(health.router)
+    app.add_api_route("/", root_of(settings), include_in_schema=False)
+    generate = app.openapi
+    app.openapi = lambda: problems.describe(generate())  # type: ignore[method-assign] # FastAPI's way to extend it
+    return app
+
+
+def api_router() -> APIRouter:
+    """All of `/api/v1`. Every route may answer with these problems."""
+    api = APIRouter(prefix="/api/v1", responses=problems.problems(413, 422, 429, 503))
+    for module in (auth, users, chats, messages, socket):
+        api.include_router(module.router)
+    return api
+
+
+@contextlib.asynccontextmanager
+async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+    """Start the parts before the first request, drain them at the signal to stop, stop them after the last."""
+    services: Services = app.state.services
+    try:
+        await services.start()
+        with graceful_stop(services.drain):
+            yield
+    finally:
+        await services.stop()
+
+
+def root_of(settings: Settings) -> Callable[[], Any]:
+    """The route `/`, where a newcomer's browser lands."""
+
+    async def root() -> Response:
+        if settings.docs_enabled:
+            return RedirectResponse("/docs")
+        return JSONResponse({"name": "Dialect", "version": __version__})
+
+    return root
+
+
+def app_of_this_process() -> FastAPI:
+    """For servers that import `app`: settings that cannot be used end the process with a sentence."""
+    try:
+        return create_app()
+    except StartupError as error:
+        sys.exit(str(error))
+
+
+app = app_of_this_process()
