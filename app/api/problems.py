@@ -17,6 +17,7 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import Field, TypeAdapter
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
+from starlette.routing import compile_path
 from typing_extensions import TypedDict
 
 from app.core.errors import DialectError, Unauthenticated
@@ -161,16 +162,27 @@ def _printable(part: str | int) -> str | int:
     return part if isinstance(part, int) else part[:64].encode("utf-8", "replace").decode()
 
 
-async def _on_http_exception(_request: Request, error: Exception) -> Response:
+async def _on_http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)  # noqa: S101 - registered for it alone
     if isinstance(error, BodyRefused):
         return error_response(error.error)
-    status = error.status_code
+    status, headers = error.status_code, dict(error.headers or {})
     if status < 400:
-        return Response(status_code=status, headers=dict(error.headers or {}))
+        return Response(status_code=status, headers=headers)
+    if status == 405:
+        headers["Allow"] = ", ".join(_allowed_methods(request) or [headers.get("Allow", "GET")])
     return problem(
         status,
         CODES.get(status, "http_error"),
         DETAILS.get(status) or HTTPStatus(status).phrase + ".",
-        headers=error.headers,
+        headers=headers,
     )
+
+
+def _allowed_methods(request: Request) -> list[str]:
+    """All methods of a path; Starlette names those of the first route with this path only."""
+    allowed: set[str] = set()
+    for template, operations in request.app.openapi()["paths"].items():
+        if compile_path(template)[0].match(request.url.path):
+            allowed.update(method.upper() for method in operations)
+    return sorted(allowed)

@@ -105,9 +105,9 @@ def _hide_parameters(_logger: WrappedLogger, _name: str, event: EventDict) -> Ev
 
 
 def _clean_event(_logger: WrappedLogger, _name: str, event: EventDict) -> EventDict:
+    for name in ("message", "asctime"):  # left on the record by other people's handlers
+        event.pop(name, None)
     for key, value in event.items():
-        if key.startswith("_"):
-            continue  # what structlog keeps for itself
         if key == "exception" and isinstance(value, str):
             # Tracebacks keep their lines, each indented, so that none can pass for a line of the log.
             event[key] = "\n".join(f"    {one_line(line)}" for line in redact(value).splitlines())
