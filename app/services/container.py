@@ -119,7 +119,7 @@ def build_services(settings: Settings, clock: Clock | None = None) -> Services:
     hasher = PasswordHasher(settings)
     usernames = UsernameFilter(settings.username_filter_capacity)
     rate_limiter = RateLimiter(settings, clock)
-    return Services(
+    services = Services(
         settings=settings,
         clock=clock,
         database=database,
@@ -160,6 +160,9 @@ def build_services(settings: Settings, clock: Clock | None = None) -> Services:
         typing=TypingService(database=database, rosters=rosters, connections=connections),
         presence=presence,
     )
+    services.auth.on_session_ended.append(connections.close_session)
+    services.blocks.on_blocked.append(presence.separate)
+    return services
 
 
 def _lease(database: Database) -> Callable[[Kind, int], Awaitable[int]]:

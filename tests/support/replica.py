@@ -176,7 +176,8 @@ class Replica:
                     },
                     "messages": {
                         message["seq"]: {
-                            key: message[key] for key in ("id", "sender_id", "content", "deleted", "hidden", "client_id")
+                            key: message[key]
+                            for key in ("id", "sender_id", "content", "deleted", "hidden", "client_id")
                         }
                         for message in sorted(chat.messages.values(), key=lambda message: message["seq"])
                     },

@@ -31,10 +31,10 @@ class SocketClient:
 
     @classmethod
     async def open(cls, ws_url: str, token: str, **options: Any) -> Self:
-        """Connect by the Authorization header and wait for `hello`."""
+        """Connect to `Server.ws_url` by the Authorization header and wait for `hello`."""
         headers = {"Authorization": f"Bearer {token}", **options.pop("headers", {})}
         connection = await connect(
-            f"{ws_url}/api/v1/messages/ws", additional_headers=headers, max_size=None, compression=None, **options
+            ws_url, additional_headers=headers, max_size=None, compression=None, **options
         )
         client = cls(connection)
         await client.wait(type="hello")
