@@ -148,7 +148,7 @@ class AccessTokens:
         """What a token says, once it is proven to be ours. Raises Unauthenticated, the same for every fault."""
         try:
             return self._read(token)
-        except (jwt.InvalidTokenError, ValueError, TypeError, OverflowError, RecursionError):
+        except (jwt.InvalidTokenError, ValueError, TypeError, OverflowError, OSError, RecursionError):
             raise Unauthenticated() from None  # the cause may quote the token
 
     def _read(self, token: str) -> Claims:
