@@ -18,6 +18,7 @@ from app.services.transport import (
     Frames,
     Receiver,
     Transport,
+    fitting_reason,
 )
 
 log = logging.getLogger(__name__)
@@ -61,6 +62,7 @@ class AsgiSocket:
         "_deadline",
         "_loop",
         "_max_bytes",
+        "_mute",
         "_outbox",
         "_readable",
         "_receiver",
@@ -81,6 +83,7 @@ class AsgiSocket:
         self._wake: asyncio.Future[None] | None = None  # the writer waits here for work
         self._readable = asyncio.Event()
         self._readable.set()
+        self._mute = False  # nothing can be sent any more
         self._closing = False
         self._close_code = 1006
         self._close_reason: str | None = None  # a close frame is to be sent
@@ -90,7 +93,7 @@ class AsgiSocket:
     # --- Transport ----------------------------------------------------------------------------------------
 
     def send(self, frames: Frames) -> None:
-        if self._closing:
+        if self._closing or self._mute:
             return
         self._outbox.extend(frames.payloads)
         self._unsent += frames.size
@@ -107,7 +110,7 @@ class AsgiSocket:
             return
         self._closing = True
         self._close_code = code
-        self._close_reason = reason
+        self._close_reason = fitting_reason(reason)
         self._deadline = self._loop.call_later(CLOSE_SECONDS, self._give_up)
         self._wake_writer()
         self._readable.set()
@@ -196,12 +199,11 @@ class AsgiSocket:
                 self._wake = self._loop.create_future()
                 await self._wake
         except Exception:
-            # The peer went away in the middle; the reader is about to be told, and reports it.
+            # The peer went away in the middle. The reader is told in its turn, after what the peer had still sent.
             log.debug("a socket could not be written to", exc_info=True)
-            if not self._closing:
-                self._closing = True
-                self._deadline = self._loop.call_later(CLOSE_SECONDS, self._give_up)
-            self._readable.set()
+            self._mute = True
+            outbox.clear()
+            self._unsent = 0
 
     def _drained(self) -> None:
         if self._closing or self._receiver is None:

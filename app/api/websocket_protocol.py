@@ -523,9 +523,7 @@ class DialectWebSocketProtocol(WebSocketsSansIOProtocol):
 
     def handle_connect(self, event: Request) -> None:
         super().handle_connect(event)
-        if (
-            not self.handshake_complete
-        ):  # that is, not refused yet; the route starts in a later turn of the loop
+        if not self.handshake_complete:  # that is, not refused yet; the route starts in a later turn of the loop
             extensions: dict[str, Any] = self.scope["extensions"]
             extensions[SCOPE_EXTENSION] = self
 

@@ -153,6 +153,7 @@ class _UvicornFilter(logging.Filter):
             record.levelno, record.levelname = logging.INFO, "INFO"
         record.msg, record.args = _UVICORN_QUERY.sub(f"?{REDACTED}", message).strip(), ()
         record.__dict__.pop("color_message", None)  # the same line again, for terminals
+        record.name = "uvicorn"  # its errors are only the smallest part of what it logs as `uvicorn.error`
         return True
 
 

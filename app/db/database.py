@@ -98,7 +98,14 @@ class Database:
             self.write_engine = create_async_engine(
                 url, connect_args=connect, pool_size=settings.db_pool_size, pool_pre_ping=True, **pool
             )
-            self.log_engine = create_async_engine(url, connect_args=connect, pool_size=2, **pool)
+            self.log_engine = create_async_engine(
+                url,
+                connect_args=connect,
+                pool_size=2,
+                # Every use of it ends its own transaction; another ROLLBACK would be a round trip per batch.
+                pool_reset_on_return=None,
+                **pool,
+            )
         else:
             timeout = settings.db_timeout_seconds
             self.read_engine = create_async_engine(
@@ -223,9 +230,7 @@ def describe(error: BaseException) -> str:
 
 def _prepare_sqlite(engine: AsyncEngine, *, begin: str, read_only: bool) -> None:
     def on_connect(connection: Any, _record: object) -> None:
-        connection.isolation_level = (
-            None  # transactions begin where `begin` below says, not where the driver guesses
-        )
+        connection.isolation_level = None  # transactions begin where `begin` below says, not where the driver guesses
         cursor = connection.cursor()
         cursor.execute("PRAGMA journal_mode=WAL")
         cursor.execute("PRAGMA synchronous=FULL")
@@ -265,9 +270,7 @@ def _check_sqlite(connection: Connection) -> None:
     synchronous = connection.exec_driver_sql("PRAGMA synchronous").scalar_one()
     journal = connection.exec_driver_sql("PRAGMA journal_mode").scalar_one()
     if synchronous < 2 or journal != "wal":
-        raise StartupError(
-            "SQLite cannot use WAL with full synchronisation here; is the file on a network disk?"
-        )
+        raise StartupError("SQLite cannot use WAL with full synchronisation here; is the file on a network disk?")
 
 
 def unreachable(settings: Settings, error: BaseException) -> str:
@@ -310,9 +313,7 @@ def migrate(settings: Settings, revision: str = "head") -> None:
             with engine.connect() as connection:
                 if settings.uses_mysql:
                     # Two machines that start together must not both create the tables.
-                    connection.exec_driver_sql(
-                        "SELECT GET_LOCK(LEFT(CONCAT('migrate ', DATABASE()), 64), 60)"
-                    )
+                    connection.exec_driver_sql("SELECT GET_LOCK(LEFT(CONCAT('migrate ', DATABASE()), 64), 60)")
                     connection.commit()  # or Alembic would leave the transactions to us
                 config = alembic_config()
                 config.attributes["connection"] = connection
@@ -339,9 +340,7 @@ def _create_mysql_database(settings: Settings, url: URL) -> None:
         with connection.cursor() as cursor:
             name = (url.database or "").replace("`", "``")
             # `IF NOT EXISTS` alone would need the CREATE privilege that a careful host does not give.
-            cursor.execute(
-                "SELECT 1 FROM information_schema.schemata WHERE schema_name = %s", (url.database,)
-            )
+            cursor.execute("SELECT 1 FROM information_schema.schemata WHERE schema_name = %s", (url.database,))
             if cursor.fetchone() is None:
                 cursor.execute(f"CREATE DATABASE `{name}` CHARACTER SET utf8mb4 COLLATE utf8mb4_bin")
     finally:

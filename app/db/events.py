@@ -30,9 +30,7 @@ from app.db.schemas import (
     Version,
 )
 
-Ref = Annotated[
-    str, Field(max_length=64, description="Echoed in the answer, so that the client can match them.")
-]
+Ref = Annotated[str, Field(max_length=64, description="Echoed in the answer, so that the client can match them.")]
 
 
 # --- commands ---------------------------------------------------------------------------------------------------
@@ -148,9 +146,7 @@ class HelloEvent(TypedDict):
     type: Literal["hello"]
     user_id: Id
     session_id: Id
-    epoch: Annotated[
-        str, Field(description="Names this database. When it differs from the one known, forget all.")
-    ]
+    epoch: Annotated[str, Field(description="Names this database. When it differs from the one known, forget all.")]
     account_version: AccountVersion
     server_time: Timestamp
     heartbeat_seconds: float
@@ -339,9 +335,7 @@ class ResumedEvent(TypedDict):
     ref: str | None
     epoch: str
     account_version: AccountVersion
-    complete: Annotated[
-        bool, Field(description="False over REST when there is more: apply this and ask again.")
-    ]
+    complete: Annotated[bool, Field(description="False over REST when there is more: apply this and ask again.")]
 
 
 # --- events of the account's log --------------------------------------------------------------------------------
@@ -431,12 +425,7 @@ ChatEvent = (
     | ChatChangesEvent
 )
 AccountEvent = (
-    ChatAddedEvent
-    | ChatRemovedEvent
-    | ReadMarkEvent
-    | MessageHiddenEvent
-    | BlockChangedEvent
-    | ProfileChangedEvent
+    ChatAddedEvent | ChatRemovedEvent | ReadMarkEvent | MessageHiddenEvent | BlockChangedEvent | ProfileChangedEvent
 )
 CatchUpEvent = ChatChangesEvent | ResetEvent | ChatRemovedEvent | SyncedEvent | AccountEvent | ResumedEvent
 AnyEvent = (

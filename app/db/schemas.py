@@ -18,9 +18,7 @@ MAX_ID = 2**53 - 1
 """JavaScript holds no larger integer exactly (RFC 8259 section 6)."""
 
 Id = Annotated[int, Field(ge=1, le=MAX_ID, examples=[42])]
-Seq = Annotated[
-    int, Field(ge=1, le=MAX_ID, description="Place of a message in its chat: 1, 2, 3, ... without gaps.")
-]
+Seq = Annotated[int, Field(ge=1, le=MAX_ID, description="Place of a message in its chat: 1, 2, 3, ... without gaps.")]
 Counter = Annotated[int, Field(ge=0, le=MAX_ID)]
 Version = Annotated[int, Field(ge=0, le=MAX_ID, description="Number of a change in a chat's log.")]
 AccountVersion = Annotated[
@@ -122,9 +120,7 @@ class RegisterIn(In):
     password: Password
     username: Username
     display_name: DisplayName | None = Field(None, description="Shown to others; the username when left out.")
-    device_name: Annotated[Line, Field(max_length=64)] = Field(
-        "", description="Shown in the list of sessions."
-    )
+    device_name: Annotated[Line, Field(max_length=64)] = Field("", description="Shown in the list of sessions.")
     platform: Annotated[Line, Field(max_length=16)] = Field("", examples=["android"])
 
 
@@ -260,9 +256,7 @@ class Message(TypedDict):
     created_at: Timestamp
     edited_at: Timestamp | None
     deleted: Annotated[bool, Field(description="Deleted for everybody: only its place is left.")]
-    hidden: Annotated[
-        bool, Field(description="Deleted by the caller for themselves. Once true, it stays true.")
-    ]
+    hidden: Annotated[bool, Field(description="Deleted by the caller for themselves. Once true, it stays true.")]
 
 
 class Sent(TypedDict):
@@ -376,12 +370,8 @@ class Chat(TypedDict):
     ]
     read_seq: Annotated[int, Field(ge=0, description="The caller's own read mark.")]
     peer_id: Annotated[Id | None, Field(description="The other person of a personal chat.")]
-    peer_read_seq: Annotated[
-        int, Field(ge=0, description="Up to where the peer of a personal chat has read.")
-    ]
-    peer_delivered_seq: Annotated[
-        int, Field(ge=0, description="Up to where the peer's devices have received.")
-    ]
+    peer_read_seq: Annotated[int, Field(ge=0, description="Up to where the peer of a personal chat has read.")]
+    peer_delivered_seq: Annotated[int, Field(ge=0, description="Up to where the peer's devices have received.")]
     last_message: Message | None
 
 
@@ -401,6 +391,6 @@ class ResumeIn(In):
 
     epoch: Annotated[str, Field(max_length=64)] | None = None
     account_version: AccountVersion = 0
-    chats: Annotated[
-        dict[Annotated[str, Field(pattern=r"^[1-9][0-9]{0,15}$")], Version], Field(max_length=10_000)
-    ] = Field(default_factory=dict, description="Chat id to the version the client has applied.")
+    chats: Annotated[dict[Annotated[str, Field(pattern=r"^[1-9][0-9]{0,15}$")], Version], Field(max_length=10_000)] = (
+        Field(default_factory=dict, description="Chat id to the version the client has applied.")
+    )

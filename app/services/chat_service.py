@@ -187,16 +187,12 @@ class ChatService:
         row, roster = await self._lock_group(uow, user_id, chat_id)
         self._require_rank(roster, user_id, "admin")
         changes: list[Change] = [
-            ChangeInfo(
-                chat_id, title=body.title, description=body.description, history_visible=body.history_visible
-            )
+            ChangeInfo(chat_id, title=body.title, description=body.description, history_visible=body.history_visible)
         ]
         if body.title is not None and body.title != row.title:
             changes.append(self._service(chat_id, user_id, next(ids), "title_changed", [], body.title))
         if body.description is not None and body.description != row.description:
-            changes.append(
-                self._service(chat_id, user_id, next(ids), "description_changed", [], body.description)
-            )
+            changes.append(self._service(chat_id, user_id, next(ids), "description_changed", [], body.description))
         await uow.append(*changes)
         return await self._get(uow.session, user_id, chat_id)
 
@@ -252,9 +248,7 @@ class ChatService:
             raise user_not_found()
         if member_id == user_id:
             if role != "owner":
-                raise Conflict(
-                    "owner_must_transfer", "Hand the group over by making somebody else its owner."
-                )
+                raise Conflict("owner_must_transfer", "Hand the group over by making somebody else its owner.")
         elif role == "owner":
             await uow.append(ChangeMembers(chat_id, roles=[(member_id, "owner"), (user_id, "admin")]))
         elif roster.members[member_id].role != role:
@@ -274,9 +268,7 @@ class ChatService:
 
     def _require_rank(self, roster: Roster, user_id: int, role: Role) -> None:
         if RANK[roster.members[user_id].role] < RANK[role]:
-            raise Forbidden(
-                "not_allowed", f"Only the {'owner' if role == 'owner' else 'admins'} may do this."
-            )
+            raise Forbidden("not_allowed", f"Only the {'owner' if role == 'owner' else 'admins'} may do this.")
 
     def _require_room(self, members: int) -> None:
         if members > self._settings.max_group_members:
@@ -304,6 +296,4 @@ class ChatService:
         user_ids: Sequence[int],
         text: str = "",
     ) -> SendService:
-        return SendService(
-            chat_id, user_id, message_id, {"action": action, "user_ids": list(user_ids), "text": text}
-        )
+        return SendService(chat_id, user_id, message_id, {"action": action, "user_ids": list(user_ids), "text": text})

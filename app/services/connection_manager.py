@@ -142,9 +142,7 @@ class Connection:
     def _close_if_slow(self) -> None:
         self._flush_check = False
         if not self.closing and self.transport.unsent_bytes > self._manager.max_unsent_bytes:
-            log.info(
-                "slow_reader_closed", extra={"user_id": self.user_id, "unsent": self.transport.unsent_bytes}
-            )
+            log.info("slow_reader_closed", extra={"user_id": self.user_id, "unsent": self.transport.unsent_bytes})
             self.close(CloseCode.SLOW, "reading too slowly")
 
     def close(self, code: CloseCode, reason: str) -> None:
@@ -181,9 +179,7 @@ class Connection:
                 self.send(frames)
 
     def _requested(self, chat_id: int) -> bool:
-        return any(
-            isinstance(request, _ResumeRequest) or request.chat_id == chat_id for request in self._requests
-        )
+        return any(isinstance(request, _ResumeRequest) or request.chat_id == chat_id for request in self._requests)
 
     # --- catching up: one request after the other, at the pace of the reader ---
 
@@ -221,9 +217,7 @@ class Connection:
                     for chat_id in [chat_id for chat_id in self._held if not self._requested(chat_id)]:
                         del self._held[chat_id]
                 else:
-                    await self._stream(
-                        self._manager.chat_events(self.user_id, request.chat_id, request.since)
-                    )
+                    await self._stream(self._manager.chat_events(self.user_id, request.chat_id, request.since))
                     # A chat that turned out not to be the user's has no `synced`; nothing of it may follow.
                     if not self._requested(request.chat_id) and not self._hold_all:
                         self._held.pop(request.chat_id, None)
@@ -574,9 +568,7 @@ class ConnectionManager:
             async with self._database.reading() as session:
                 ids = sorted({connection.user_id for connection in due})
                 for start in range(0, len(ids), 1000):
-                    versions.update(
-                        await accounts_repository.account_versions(session, ids[start : start + 1000])
-                    )
+                    versions.update(await accounts_repository.account_versions(session, ids[start : start + 1000]))
         except Unavailable:
             log.info("heartbeat_without_database")  # memory still knows what was announced here
         for connection in due:

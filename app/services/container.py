@@ -171,4 +171,3 @@ def _lease(database: Database) -> Callable[[Kind, int], Awaitable[int]]:
             return await id_repository.lease_ids(session, kind, count)
 
     return lease
-

@@ -30,11 +30,7 @@ from app.services.token_bucket import TokenBucket
 from app.services.unit_of_work import UnitOfWork, UnitOfWorkFactory
 
 StoredCommand = (
-    NewMessageCommand
-    | EditMessageCommand
-    | DeleteMessageCommand
-    | MessageReadCommand
-    | MessageDeliveredCommand
+    NewMessageCommand | EditMessageCommand | DeleteMessageCommand | MessageReadCommand | MessageDeliveredCommand
 )
 LIMITED_ACCOUNTS_MAX = 100_000
 
@@ -71,9 +67,7 @@ class MessageService:
         """Do a command and wait until it is committed. Raises what refused it."""
         return await self._writer.write(self._change(user_id, command))
 
-    def _change(
-        self, user_id: int, command: StoredCommand
-    ) -> SendMessage | EditMessage | DeleteMessage | Mark:
+    def _change(self, user_id: int, command: StoredCommand) -> SendMessage | EditMessage | DeleteMessage | Mark:
         match command:
             case NewMessageCommand():
                 self._check_content(command.content)
@@ -101,9 +95,7 @@ class MessageService:
 
     def _check_content(self, content: str) -> None:
         if len(content) > self._settings.max_message_chars:
-            raise TooLarge(
-                "message_too_long", f"A message has at most {self._settings.max_message_chars} characters."
-            )
+            raise TooLarge("message_too_long", f"A message has at most {self._settings.max_message_chars} characters.")
         if not content.strip():
             raise BadInput("message_empty", "A message needs some text.", field="content")
 
@@ -266,9 +258,7 @@ class MessageService:
             "delivered_to": [member_id for member_id, _, _ in reached],
         }
 
-    async def _find_visible(
-        self, session: AsyncSession, user_id: int, chat_id: int, message_id: int
-    ) -> MessageRow:
+    async def _find_visible(self, session: AsyncSession, user_id: int, chat_id: int, message_id: int) -> MessageRow:
         member = await chats_repository.find_membership(session, chat_id, user_id)
         if member is None:
             raise chat_not_found()

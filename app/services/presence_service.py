@@ -24,9 +24,7 @@ LAST_SEEN_DELAY_SECONDS = 1.0
 class PresenceService:
     """Keeps who watches whom, and tells them."""
 
-    def __init__(
-        self, *, settings: Settings, clock: Clock, database: Database, connections: ConnectionManager
-    ) -> None:
+    def __init__(self, *, settings: Settings, clock: Clock, database: Database, connections: ConnectionManager) -> None:
         self._settings = settings
         self._clock = clock
         self._database = database
@@ -43,14 +41,10 @@ class PresenceService:
         """
         limit = self._settings.max_presence_subscriptions
         if len(user_ids) > limit:
-            raise BadInput(
-                "too_many_subscriptions", f"At most {limit} people can be watched.", field="user_ids"
-            )
+            raise BadInput("too_many_subscriptions", f"At most {limit} people can be watched.", field="user_ids")
         async with self._database.reading() as session:
             pairs = await pairs_repository.find_pairs(session, connection.user_id, user_ids)
-            allowed = [
-                user_id for user_id, pair in pairs.items() if pair.chat_id is not None and not pair.any_block
-            ]
+            allowed = [user_id for user_id, pair in pairs.items() if pair.chat_id is not None and not pair.any_block]
             rows = await users_repository.list_users(session, allowed)
         if connection.closing:
             return
@@ -60,9 +54,7 @@ class PresenceService:
             self._watchers.setdefault(row.id, set()).add(connection)
             online = self._connections.is_online(row.id)
             seen = None if online or row.last_seen_at is None else timestamp(row.last_seen_at)
-            connection.send_event(
-                {"type": "presence", "user_id": row.id, "online": online, "last_seen_at": seen}
-            )
+            connection.send_event({"type": "presence", "user_id": row.id, "online": online, "last_seen_at": seen})
 
     def forget(self, connection: Connection) -> None:
         """End all that a connection watches."""

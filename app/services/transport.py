@@ -33,9 +33,14 @@ def frame_text(payload: bytes) -> bytes:
     return bytes((_TEXT, 127)) + length.to_bytes(8) + payload
 
 
+def fitting_reason(reason: str) -> str:
+    """A reason cut between two characters, where it is too long for a control frame."""
+    return reason.encode()[:_MAX_REASON_BYTES].decode(errors="ignore")
+
+
 def frame_close(code: int, reason: str = "") -> bytes:
-    """A close frame. A reason too long for a control frame is cut between two characters."""
-    text = reason.encode()[:_MAX_REASON_BYTES].decode(errors="ignore").encode()
+    """A close frame."""
+    text = fitting_reason(reason).encode()
     return bytes((_CLOSE, 2 + len(text))) + code.to_bytes(2) + text
 
 

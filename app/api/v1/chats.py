@@ -36,9 +36,7 @@ Limit = Annotated[int, Query(ge=1, le=100, description="Items of a page.")]
 
 
 @router.get("", summary="My chats", responses=problems(401))
-async def list_chats(
-    services: ServicesDep, caller: CallerDep, cursor: Cursor = None, limit: Limit = 50
-) -> ChatPage:
+async def list_chats(services: ServicesDep, caller: CallerDep, cursor: Cursor = None, limit: Limit = 50) -> ChatPage:
     """The caller's chats by last activity, newest first, with all that is needed to draw the list."""
     return await services.chats.list_chats(caller.user_id, cursor=cursor, limit=limit)
 
@@ -84,9 +82,7 @@ async def get_chat(services: ServicesDep, caller: CallerDep, chat_id: ChatId) ->
 
 
 @router.patch("/{chat_id}", summary="Change a group", responses=problems(401, 403, 404, 409))
-async def edit_chat(
-    services: ServicesDep, caller: CallerDep, uow: UowDep, chat_id: ChatId, body: ChatEditIn
-) -> Chat:
+async def edit_chat(services: ServicesDep, caller: CallerDep, uow: UowDep, chat_id: ChatId, body: ChatEditIn) -> Chat:
     """New title, description or settings. Admins only."""
     return await services.chats.edit(uow, caller.user_id, chat_id, body)
 
@@ -100,9 +96,7 @@ async def list_members(
 
 
 @router.post("/{chat_id}/members", summary="Add people", responses=problems(401, 403, 404, 409))
-async def add_members(
-    services: ServicesDep, caller: CallerDep, uow: UowDep, chat_id: ChatId, body: MembersIn
-) -> Chat:
+async def add_members(services: ServicesDep, caller: CallerDep, uow: UowDep, chat_id: ChatId, body: MembersIn) -> Chat:
     """Let people into a group. Admins only; those already in it are passed over."""
     return await services.chats.add_members(uow, caller.user_id, chat_id, body.user_ids)
 
@@ -120,9 +114,7 @@ async def remove_member(
     await services.chats.remove_member(uow, caller.user_id, chat_id, user_id)
 
 
-@router.put(
-    "/{chat_id}/members/{user_id}/role", summary="Change a role", responses=problems(401, 403, 404, 409)
-)
+@router.put("/{chat_id}/members/{user_id}/role", summary="Change a role", responses=problems(401, 403, 404, 409))
 async def set_role(
     services: ServicesDep, caller: CallerDep, uow: UowDep, chat_id: ChatId, user_id: UserId, body: RoleIn
 ) -> Chat:
@@ -136,9 +128,7 @@ async def leave_chat(services: ServicesDep, caller: CallerDep, uow: UowDep, chat
     await services.chats.leave(uow, caller.user_id, chat_id)
 
 
-@router.post(
-    "/{chat_id}/messages", summary="Send a message", status_code=201, responses=problems(401, 403, 404)
-)
+@router.post("/{chat_id}/messages", summary="Send a message", status_code=201, responses=problems(401, 403, 404))
 async def send_message(services: ServicesDep, caller: CallerDep, chat_id: ChatId, body: MessageIn) -> Sent:
     """Store a message for good and tell everybody in the chat: the same as `new_message` over the socket.
 
@@ -149,16 +139,12 @@ async def send_message(services: ServicesDep, caller: CallerDep, chat_id: ChatId
 
 
 @router.get("/{chat_id}/messages/{message_id}", summary="One message", responses=problems(401, 404))
-async def get_message(
-    services: ServicesDep, caller: CallerDep, chat_id: ChatId, message_id: MessageId
-) -> Message:
+async def get_message(services: ServicesDep, caller: CallerDep, chat_id: ChatId, message_id: MessageId) -> Message:
     """One message of a chat, for instance the one that another answers."""
     return await services.messages.get(caller.user_id, chat_id, message_id)
 
 
-@router.patch(
-    "/{chat_id}/messages/{message_id}", summary="Edit a message", responses=problems(401, 403, 404, 409)
-)
+@router.patch("/{chat_id}/messages/{message_id}", summary="Edit a message", responses=problems(401, 403, 404, 409))
 async def edit_message(
     services: ServicesDep, caller: CallerDep, chat_id: ChatId, message_id: MessageId, body: MessageEditIn
 ) -> Message:
@@ -185,9 +171,7 @@ async def delete_message(
     """Delete a message for everybody (its sender, or an admin of the group) or for oneself only."""
     await services.messages.delete(
         caller.user_id,
-        DeleteMessageCommand(
-            type="delete_message", chat_id=chat_id, message_id=message_id, for_everyone=for_everyone
-        ),
+        DeleteMessageCommand(type="delete_message", chat_id=chat_id, message_id=message_id, for_everyone=for_everyone),
     )
 
 
@@ -204,11 +188,7 @@ async def mark_read(services: ServicesDep, caller: CallerDep, chat_id: ChatId, m
     )
 
 
-@router.get(
-    "/{chat_id}/messages/{message_id}/readers", summary="Who has read it", responses=problems(401, 404)
-)
-async def list_readers(
-    services: ServicesDep, caller: CallerDep, chat_id: ChatId, message_id: MessageId
-) -> Readers:
+@router.get("/{chat_id}/messages/{message_id}/readers", summary="Who has read it", responses=problems(401, 404))
+async def list_readers(services: ServicesDep, caller: CallerDep, chat_id: ChatId, message_id: MessageId) -> Readers:
     """Who has read a message, and whom it has reached."""
     return await services.messages.readers(caller.user_id, chat_id, message_id)

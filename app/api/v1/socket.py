@@ -104,9 +104,7 @@ def _check_origin(websocket: WebSocket, services: Services) -> None:
     raise Forbidden("origin_not_allowed", "This origin may not open sockets; see ALLOWED_ORIGINS.")
 
 
-async def _authenticate(
-    websocket: WebSocket, services: Services, token: str | None, ticket: str | None
-) -> Caller:
+async def _authenticate(websocket: WebSocket, services: Services, token: str | None, ticket: str | None) -> Caller:
     scheme, _, bearer = websocket.headers.get("authorization", "").partition(" ")
     if bearer and scheme.lower() == "bearer":
         return await services.auth.authenticate(bearer.strip())
@@ -180,9 +178,7 @@ class SocketReceiver(Receiver):
                 self._connection.close(CloseCode.FLOODING, "too many frames")
             else:
                 ref, client_id = _names_of(data)
-                self._fail(
-                    TooManyRequests("rate_limited", "Too many frames.", retry_after=wait), ref, client_id
-                )
+                self._fail(TooManyRequests("rate_limited", "Too many frames.", retry_after=wait), ref, client_id)
             return
         self._refused = 0
         try:
@@ -212,9 +208,7 @@ class SocketReceiver(Receiver):
 
     def _dispatch(self, command: AnyCommand) -> None:
         match command:
-            case (
-                NewMessageCommand() | EditMessageCommand() | MessageReadCommand() | MessageDeliveredCommand()
-            ):
+            case NewMessageCommand() | EditMessageCommand() | MessageReadCommand() | MessageDeliveredCommand():
                 self._submit(command)
             case DeleteMessageCommand():
                 if command.for_everyone:
@@ -222,16 +216,12 @@ class SocketReceiver(Receiver):
                 else:
                     self._run(command, self._services.messages.delete(self._caller.user_id, command))
             case TypingCommand():
-                typing = self._services.typing.type(
-                    self._caller.user_id, command.chat_id, active=command.active
-                )
+                typing = self._services.typing.type(self._caller.user_id, command.chat_id, active=command.active)
                 self._run(command, typing, quiet=True)
             case SubscribePresenceCommand():
                 self._run(command, self._services.presence.subscribe(self._connection, command.user_ids))
             case ResumeCommand():
-                state = ResumeIn(
-                    epoch=command.epoch, account_version=command.account_version, chats=command.chats
-                )
+                state = ResumeIn(epoch=command.epoch, account_version=command.account_version, chats=command.chats)
                 self._connection.resume(state, command.ref)
             case ReauthCommand():
                 self._run(command, self._reauth(command.token))
@@ -247,9 +237,7 @@ class SocketReceiver(Receiver):
         | MessageDeliveredCommand,
     ) -> None:
         ref = command.ref
-        client_id = (
-            str(command.client_id) if isinstance(command, NewMessageCommand) and command.client_id else None
-        )
+        client_id = str(command.client_id) if isinstance(command, NewMessageCommand) and command.client_id else None
 
         def on_done(outcome: Done | DialectError) -> None:
             self._finished()
@@ -357,9 +345,7 @@ def _bad_frame(error: ValidationError) -> BadInput:
             return BadInput("unknown_type", "The frame's `type` is missing or not a command.")
         case _:
             # The first part of the location is the command itself; unknown keys are the client's own words.
-            place = (
-                ".".join(str(part) for part in first["loc"][1:]) if first["type"] != "extra_forbidden" else ""
-            )
+            place = ".".join(str(part) for part in first["loc"][1:]) if first["type"] != "extra_forbidden" else ""
             return BadInput("invalid_frame", f"{place}: {first['msg']}" if place else first["msg"])
 
 

@@ -12,7 +12,7 @@ from datetime import datetime
 from typing import NamedTuple, cast
 
 from sqlalchemy import ColumnElement, Table, insert, literal_column, select, text, tuple_, update
-from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
 
 from app.db.models import Chat, ChatMember, HiddenMessage, Message, User, UserPair
 
@@ -61,6 +61,7 @@ class MessageRow(NamedTuple):
     deleted_at: datetime | None
 
 
+_CREATED_AT = MessageRow._fields.index("created_at")
 MESSAGE_COLUMNS = [MESSAGE.c[name] for name in MessageRow._fields]
 
 
@@ -114,22 +115,28 @@ class MarkUpdate:
     read_at: datetime | None = None
 
 
-def _is_mysql(session: AsyncSession) -> bool:
-    return session.get_bind().dialect.name == "mysql"
+Executor = AsyncSession | AsyncConnection
+"""What runs statements. Writing takes the bare connection: a session's bookkeeping costs more than a hot statement."""
+
+
+def is_mysql(executor: Executor) -> bool:
+    """Whether this talks to MySQL; otherwise it is SQLite."""
+    bind = executor if isinstance(executor, AsyncConnection) else executor.get_bind()
+    return bind.dialect.name == "mysql"
 
 
 _NOW_MYSQL = "NOW(6)"
 _NOW_SQLITE = "strftime('%Y-%m-%d %H:%M:%f000', 'now')"
 
 
-def database_now(session: AsyncSession) -> ColumnElement[datetime]:
+def database_now(executor: Executor) -> ColumnElement[datetime]:
     """SQL for the database's own clock, UTC, six digits."""
-    return literal_column(_NOW_MYSQL if _is_mysql(session) else _NOW_SQLITE)
+    return literal_column(_NOW_MYSQL if is_mysql(executor) else _NOW_SQLITE)
 
 
-def _values(session: AsyncSession, rows: Iterable[Sequence[int | datetime | None]]) -> str:
+def _values(executor: Executor, rows: Iterable[Sequence[int | datetime | None]]) -> str:
     """Rows of a VALUES clause. Only integers, times and NULL: anything else would be a bug, and raises."""
-    prefix = "ROW" if _is_mysql(session) else ""
+    prefix = "ROW" if is_mysql(executor) else ""
     return ",".join(f"{prefix}({','.join(_literal(value) for value in row)})" for row in rows)
 
 
@@ -137,59 +144,68 @@ def _literal(value: int | datetime | None) -> str:
     if value is None:
         return "NULL"
     if isinstance(value, datetime):
-        return f"'{value.strftime('%Y-%m-%d %H:%M:%S.%f')}'"
+        return f"'{_moment(value)}'"
     return str(int(value))
+
+
+def _moment(value: datetime) -> str:
+    return value.isoformat(" ", "microseconds")
 
 
 # --- locking and looking up -------------------------------------------------------------------------------------
 
 
 async def lock_chats(
-    session: AsyncSession, chat_ids: Sequence[int], *, skip_locked: bool = False
+    connection: AsyncConnection, chat_ids: Sequence[int], *, skip_locked: bool = False
 ) -> list[ChatRow]:
     """Lock chats, lowest id first, and read their counters. Missing ones, and with `skip_locked` those that
     somebody else holds, are left out."""
-    statement = select(*CHAT_COLUMNS).where(CHAT.c.id.in_(chat_ids)).order_by(CHAT.c.id)
-    statement = statement.with_for_update(skip_locked=skip_locked)
-    return [ChatRow(*row) for row in await session.execute(statement)]
+    lock = ""
+    if is_mysql(connection):  # SQLite's writer holds the whole database
+        lock = " FOR UPDATE SKIP LOCKED" if skip_locked else " FOR UPDATE"
+    columns, ids = ", ".join(ChatRow._fields), ",".join(_literal(chat_id) for chat_id in chat_ids)
+    result = await connection.exec_driver_sql(
+        f"SELECT {columns} FROM chats WHERE id IN ({ids}) ORDER BY id{lock}"  # noqa: S608 - integers
+    )
+    return [ChatRow._make(row) for row in result]
 
 
-async def find_chats(session: AsyncSession, chat_ids: Sequence[int]) -> list[ChatRow]:
+async def find_chats(executor: Executor, chat_ids: Sequence[int]) -> list[ChatRow]:
     """Chats without a lock."""
-    result = await session.execute(select(*CHAT_COLUMNS).where(CHAT.c.id.in_(chat_ids)))
-    return [ChatRow(*row) for row in result]
+    result = await executor.execute(select(*CHAT_COLUMNS).where(CHAT.c.id.in_(chat_ids)))
+    return [ChatRow._make(row) for row in result]
 
 
-async def find_by_client_ids(
-    session: AsyncSession, keys: Sequence[tuple[int, int, bytes]]
-) -> list[MessageRow]:
+async def find_by_client_ids(connection: AsyncConnection, keys: Sequence[tuple[int, int, bytes]]) -> list[MessageRow]:
     """Earlier messages with these (chat_id, sender_id, client_id)."""
-    columns = tuple_(MESSAGE.c.chat_id, MESSAGE.c.sender_id, MESSAGE.c.client_id)
-    result = await session.execute(select(*MESSAGE_COLUMNS).where(columns.in_(keys)))
-    return [MessageRow(*row) for row in result]
+    rows = ",".join(f"({chat_id:d},{sender_id:d},X'{client_id.hex()}')" for chat_id, sender_id, client_id in keys)
+    if not is_mysql(connection):
+        rows = f"VALUES {rows}"
+    # Almost always there are none: look by the index alone, and read whole rows only of those found.
+    result = await connection.exec_driver_sql(
+        f"SELECT id FROM messages WHERE (chat_id, sender_id, client_id) IN ({rows})"  # noqa: S608 - integers, hex
+    )
+    ids = [row[0] for row in result]
+    return await find_messages(connection, ids) if ids else []
 
 
-async def find_messages(session: AsyncSession, message_ids: Sequence[int]) -> list[MessageRow]:
+async def find_messages(executor: Executor, message_ids: Sequence[int]) -> list[MessageRow]:
     """Messages by id."""
-    result = await session.execute(select(*MESSAGE_COLUMNS).where(MESSAGE.c.id.in_(message_ids)))
+    result = await executor.execute(select(*MESSAGE_COLUMNS).where(MESSAGE.c.id.in_(message_ids)))
     return [MessageRow(*row) for row in result]
 
 
-async def find_members(session: AsyncSession, keys: Sequence[tuple[int, int]]) -> list[MemberRow]:
+async def find_members(executor: Executor, keys: Sequence[tuple[int, int]]) -> list[MemberRow]:
     """Memberships, past ones included, by (chat_id, user_id)."""
     if not keys:
         return []
-    result = await session.execute(
-        select(*MEMBER_COLUMNS).where(tuple_(MEMBER.c.chat_id, MEMBER.c.user_id).in_(keys))
-    )
+    result = await executor.execute(select(*MEMBER_COLUMNS).where(tuple_(MEMBER.c.chat_id, MEMBER.c.user_id).in_(keys)))
     return [MemberRow(*row) for row in result]
 
 
-async def list_active_members(
-    session: AsyncSession, chat_ids: Sequence[int]
-) -> list[tuple[int, int, str, int]]:
+async def list_active_members(executor: Executor, chat_ids: Sequence[int]) -> list[tuple[int, int, str, int]]:
     """(chat_id, user_id, role, visible_from_seq) of all who are in the chats now."""
-    result = await session.execute(
+    result = await executor.execute(
         select(MEMBER.c.chat_id, MEMBER.c.user_id, MEMBER.c.role, MEMBER.c.visible_from_seq).where(
             MEMBER.c.chat_id.in_(chat_ids), MEMBER.c.left_seq.is_(None)
         )
@@ -197,13 +213,11 @@ async def list_active_members(
     return [(row[0], row[1], row[2], row[3]) for row in result]
 
 
-async def list_blocks(
-    session: AsyncSession, pairs: Sequence[tuple[int, int]]
-) -> list[tuple[int, int, bool, bool]]:
+async def list_blocks(executor: Executor, pairs: Sequence[tuple[int, int]]) -> list[tuple[int, int, bool, bool]]:
     """(low_id, high_id, low_blocks_high, high_blocks_low) of pairs (low, high)."""
     if not pairs:
         return []
-    result = await session.execute(
+    result = await executor.execute(
         select(PAIR.c.low_id, PAIR.c.high_id, PAIR.c.low_blocks_high, PAIR.c.high_blocks_low).where(
             tuple_(PAIR.c.low_id, PAIR.c.high_id).in_(pairs)
         )
@@ -214,15 +228,22 @@ async def list_blocks(
 # --- writing ----------------------------------------------------------------------------------------------------
 
 
-async def insert_messages(session: AsyncSession, rows: Sequence[MessageRow]) -> None:
-    """Insert messages in one multi-row statement."""
-    await session.execute(insert(MESSAGE), [row._asdict() for row in rows])
+async def insert_messages(connection: AsyncConnection, rows: Sequence[MessageRow]) -> None:
+    """Insert new messages in one multi-row statement."""
+    mark = "%s" if is_mysql(connection) else "?"
+    columns, marks = ", ".join(MessageRow._fields), ", ".join([mark] * len(MessageRow._fields))
+    # Past SQLAlchemy's typing of each value: the drivers take what is here, but for SQLite's lack of a time type.
+    moments = {row.created_at: _moment(row.created_at) for row in rows}
+    await connection.exec_driver_sql(
+        f"INSERT INTO messages ({columns}) VALUES ({marks})",  # noqa: S608 - names of columns
+        [(*row[:_CREATED_AT], moments[row.created_at], *row[_CREATED_AT + 1 :]) for row in rows],
+    )
 
 
-async def update_messages(session: AsyncSession, rows: Sequence[MessageRow]) -> None:
+async def update_messages(connection: AsyncConnection, rows: Sequence[MessageRow]) -> None:
     """Store the new state of edited or deleted messages."""
     for row in rows:
-        await session.execute(
+        await connection.execute(
             update(MESSAGE)
             .where(MESSAGE.c.chat_id == row.chat_id, MESSAGE.c.seq == row.seq)
             .values(
@@ -235,11 +256,11 @@ async def update_messages(session: AsyncSession, rows: Sequence[MessageRow]) -> 
         )
 
 
-async def update_chats(session: AsyncSession, rows: Sequence[ChatUpdate]) -> None:
+async def update_chats(connection: AsyncConnection, rows: Sequence[ChatUpdate]) -> None:
     """Store counters of locked chats, all in one statement, and stamp `changed_at` with the database's clock."""
     names = "id, last_seq, version, members_version, info_version, member_count, last_activity_at"
     values = _values(
-        session,
+        connection,
         (
             (
                 row.id,
@@ -253,23 +274,20 @@ async def update_chats(session: AsyncSession, rows: Sequence[ChatUpdate]) -> Non
             for row in rows
         ),
     )
-    sets = {
-        name: f"v.{name}"
-        for name in ("last_seq", "version", "members_version", "info_version", "member_count")
-    }
+    sets = {name: f"v.{name}" for name in ("last_seq", "version", "members_version", "info_version", "member_count")}
     sets["last_activity_at"] = "COALESCE(v.last_activity_at, {t}.last_activity_at)"
-    sets["changed_at"] = _NOW_MYSQL if _is_mysql(session) else _NOW_SQLITE
-    await _update_from(session, "chats", names, values, sets, "{t}.id = v.id")
+    sets["changed_at"] = _NOW_MYSQL if is_mysql(connection) else _NOW_SQLITE
+    await _update_from(connection, "chats", names, values, sets, "{t}.id = v.id")
 
 
-async def update_marks(session: AsyncSession, rows: Sequence[MarkUpdate]) -> None:
+async def update_marks(connection: AsyncConnection, rows: Sequence[MarkUpdate]) -> None:
     """Raise the marks of members, all in one statement."""
     names = (
         "chat_id, user_id, read_seq, delivered_seq, public_read_seq, public_delivered_seq, version, account_version,"
         " read_at"
     )
     values = _values(
-        session,
+        connection,
         (
             (
                 row.chat_id,
@@ -285,7 +303,7 @@ async def update_marks(session: AsyncSession, rows: Sequence[MarkUpdate]) -> Non
             for row in rows
         ),
     )
-    greatest = "GREATEST" if _is_mysql(session) else "MAX"
+    greatest = "GREATEST" if is_mysql(connection) else "MAX"
     rising = (
         "read_seq",
         "delivered_seq",
@@ -297,52 +315,49 @@ async def update_marks(session: AsyncSession, rows: Sequence[MarkUpdate]) -> Non
     sets = {name: f"{greatest}({{t}}.{name}, v.{name})" for name in rising}
     sets["read_at"] = "COALESCE(v.read_at, {t}.read_at)"
     on = "{t}.chat_id = v.chat_id AND {t}.user_id = v.user_id"
-    await _update_from(session, "chat_members", names, values, sets, on)
+    await _update_from(connection, "chat_members", names, values, sets, on)
 
 
 async def _update_from(
-    session: AsyncSession, table: str, names: str, values: str, sets: dict[str, str], on: str
+    connection: AsyncConnection, table: str, names: str, values: str, sets: dict[str, str], on: str
 ) -> None:
     """Update `table` from the rows of a VALUES clause; `{t}` stands for the table in `sets` and `on`."""
-    if _is_mysql(session):
+    if is_mysql(connection):
         assignments = ", ".join(f"t.{name} = {value}" for name, value in sets.items())
-        sql = f"UPDATE {table} t JOIN (VALUES {values}) AS v ({names}) ON {on} SET {assignments}".replace(
-            "{t}", "t"
-        )
+        sql = f"UPDATE {table} t JOIN (VALUES {values}) AS v ({names}) ON {on} SET {assignments}".replace("{t}", "t")
     else:
         assignments = ", ".join(f"{name} = {value}" for name, value in sets.items())
         sql = f"WITH v({names}) AS (VALUES {values}) UPDATE {table} SET {assignments} FROM v WHERE {on}"  # noqa: S608
         sql = sql.replace("{t}", table)
-    connection = await session.connection()
     await connection.exec_driver_sql(sql)
 
 
 async def save_members(
-    session: AsyncSession, rows: Sequence[MemberRow], existing: frozenset[tuple[int, int]]
+    connection: AsyncConnection, rows: Sequence[MemberRow], existing: frozenset[tuple[int, int]]
 ) -> None:
     """Insert new memberships and store the new state of those in `existing`."""
     new = [row._asdict() for row in rows if (row.chat_id, row.user_id) not in existing]
     if new:
-        await session.execute(insert(MEMBER), new)
+        await connection.execute(insert(MEMBER), new)
     for row in rows:
         if (row.chat_id, row.user_id) in existing:
             values = row._asdict()
             key = (MEMBER.c.chat_id == values.pop("chat_id"), MEMBER.c.user_id == values.pop("user_id"))
-            await session.execute(update(MEMBER).where(*key).values(values))
+            await connection.execute(update(MEMBER).where(*key).values(values))
 
 
 async def update_chat_info(
-    session: AsyncSession, chat_id: int, *, title: str, description: str, history_visible: bool
+    connection: AsyncConnection, chat_id: int, *, title: str, description: str, history_visible: bool
 ) -> None:
     """Store what a group shows of itself."""
-    await session.execute(
+    await connection.execute(
         update(CHAT)
         .where(CHAT.c.id == chat_id)
         .values(title=title, description=description, history_visible=history_visible)
     )
 
 
-async def bump_account_versions(session: AsyncSession, steps: dict[int, int]) -> dict[int, int]:
+async def bump_account_versions(connection: AsyncConnection, steps: dict[int, int]) -> dict[int, int]:
     """Raise the account versions of users by `steps`, locking them lowest id first.
 
     Returns the version before, per user: the caller stamps version+1, version+2, ...
@@ -351,15 +366,12 @@ async def bump_account_versions(session: AsyncSession, steps: dict[int, int]) ->
     ids = sorted(steps)
     for start in range(0, len(ids), 500):
         chunk = ids[start : start + 500]
-        result = await session.execute(
-            select(USER.c.id, USER.c.account_version)
-            .where(USER.c.id.in_(chunk))
-            .order_by(USER.c.id)
-            .with_for_update()
+        result = await connection.execute(
+            select(USER.c.id, USER.c.account_version).where(USER.c.id.in_(chunk)).order_by(USER.c.id).with_for_update()
         )
         before.update((row.id, row.account_version) for row in result)
         for step in {steps[i] for i in chunk}:
-            await session.execute(
+            await connection.execute(
                 update(USER)
                 .where(USER.c.id.in_([i for i in chunk if steps[i] == step]))
                 .values(account_version=USER.c.account_version + step)
@@ -372,7 +384,7 @@ async def bump_account_versions(session: AsyncSession, steps: dict[int, int]) ->
 
 async def list_changed_chats(session: AsyncSession, seconds: float) -> list[tuple[int, int]]:
     """(chat_id, version) of chats that changed in the last `seconds`, by the database's clock."""
-    if _is_mysql(session):
+    if is_mysql(session):
         since = text(f"NOW(6) - INTERVAL {int(seconds)} SECOND")
     else:
         since = text(f"strftime('%Y-%m-%d %H:%M:%f000', 'now', '-{int(seconds)} seconds')")
@@ -393,9 +405,7 @@ async def list_changed_messages(
     return [MessageRow(*row) for row in result]
 
 
-async def list_changed_members(
-    session: AsyncSession, chat_id: int, *, after: int, limit: int
-) -> list[MemberRow]:
+async def list_changed_members(session: AsyncSession, chat_id: int, *, after: int, limit: int) -> list[MemberRow]:
     """Memberships stamped after a version, by version; those of one version together or not at all."""
     result = await session.execute(
         select(*MEMBER_COLUMNS)
@@ -406,15 +416,11 @@ async def list_changed_members(
     return [MemberRow(*row) for row in result]
 
 
-async def list_hidden(
-    session: AsyncSession, user_id: int, chat_id: int, seqs: Sequence[int]
-) -> frozenset[int]:
+async def list_hidden(session: AsyncSession, user_id: int, chat_id: int, seqs: Sequence[int]) -> frozenset[int]:
     """Which of these messages the user deleted for themselves."""
     if not seqs:
         return frozenset()
     result = await session.execute(
-        select(HIDDEN.c.seq).where(
-            HIDDEN.c.user_id == user_id, HIDDEN.c.chat_id == chat_id, HIDDEN.c.seq.in_(seqs)
-        )
+        select(HIDDEN.c.seq).where(HIDDEN.c.user_id == user_id, HIDDEN.c.chat_id == chat_id, HIDDEN.c.seq.in_(seqs))
     )
     return frozenset(result.scalars())

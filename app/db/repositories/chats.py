@@ -164,9 +164,7 @@ async def list_chats(
     if before is not None:
         moment, chat_id = before
         conditions.append(
-            or_(
-                CHAT.c.last_activity_at < moment, and_(CHAT.c.last_activity_at == moment, CHAT.c.id < chat_id)
-            )
+            or_(CHAT.c.last_activity_at < moment, and_(CHAT.c.last_activity_at == moment, CHAT.c.id < chat_id))
         )
     statement = (
         select(
@@ -249,9 +247,7 @@ async def list_messages(
     return rows[::-1] if newest_first else rows
 
 
-async def list_readers(
-    session: AsyncSession, chat_id: int, seq: int
-) -> list[tuple[int, int, int, datetime | None]]:
+async def list_readers(session: AsyncSession, chat_id: int, seq: int) -> list[tuple[int, int, int, datetime | None]]:
     """(user_id, read_seq, delivered_seq, read_at) of members whom a message has reached."""
     result = await session.execute(
         select(MEMBER.c.user_id, MEMBER.c.read_seq, MEMBER.c.delivered_seq, MEMBER.c.read_at).where(

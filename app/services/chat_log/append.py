@@ -11,7 +11,7 @@ import json
 from collections.abc import Sequence
 from typing import assert_never, cast
 
-from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from app.core.clock import Clock, timestamp
 from app.core.errors import (
@@ -57,7 +57,7 @@ class Appender:
 
     async def append(
         self,
-        session: AsyncSession,
+        connection: AsyncConnection,
         changes: Sequence[Change],
         message_ids: Sequence[int] = (),
         *,
@@ -68,7 +68,7 @@ class Appender:
         `message_ids` holds an id for every SendMessage among them. With `skip_locked`, changes of chats that
         somebody else holds come back deferred; otherwise the lock is waited for.
         """
-        batch = _Batch(self, session, changes, message_ids)
+        batch = _Batch(self, connection, changes, message_ids)
         return await batch.run(skip_locked=skip_locked)
 
 
@@ -100,18 +100,15 @@ class _Draft:
 
     @property
     def changed(self) -> bool:
-        return (
-            self.updated.version != self.row.version
-            or self.updated.members_version != self.row.members_version
-        )
+        return self.updated.version != self.row.version or self.updated.members_version != self.row.members_version
 
 
 class _Batch:
     def __init__(
-        self, appender: Appender, session: AsyncSession, changes: Sequence[Change], message_ids: Sequence[int]
+        self, appender: Appender, connection: AsyncConnection, changes: Sequence[Change], message_ids: Sequence[int]
     ) -> None:
         self.appender = appender
-        self.session = session
+        self.connection = connection
         self.changes = changes
         self.message_ids = iter(message_ids)
         self.now = appender.clock.now().replace(tzinfo=None)
@@ -165,9 +162,9 @@ class _Batch:
     # --- reading, all under the locks ---
 
     async def _read(self, *, skip_locked: bool) -> None:
-        session = self.session
+        connection = self.connection
         chat_ids = sorted({change.chat_id for change in self.changes})
-        rows = await repository.lock_chats(session, chat_ids, skip_locked=skip_locked)
+        rows = await repository.lock_chats(connection, chat_ids, skip_locked=skip_locked)
         rosters = {row.id: self.appender.rosters.get(row.id) for row in rows}
         moved = {change.chat_id for change in self.changes if isinstance(change, RosterMoved)}
         stale = [
@@ -177,7 +174,7 @@ class _Batch:
             or known.members_version != row.members_version
             or row.id in moved  # the caller has just changed the pair's row, in this transaction
         ]
-        for roster in await load_rosters(session, stale):
+        for roster in await load_rosters(connection, stale):
             rosters[roster.chat_id] = roster
         for row in rows:
             roster_now = rosters[row.id]
@@ -206,12 +203,12 @@ class _Batch:
                 case _:
                     assert_never(change)
         if client_keys:
-            for sent in await repository.find_by_client_ids(session, client_keys):
+            for sent in await repository.find_by_client_ids(connection, client_keys):
                 self.earlier[sent.chat_id, sent.sender_id, sent.client_id] = Done(message_view(sent))
         if targets:
-            self.targets = {row.id: row for row in await repository.find_messages(session, sorted(targets))}
+            self.targets = {row.id: row for row in await repository.find_messages(connection, sorted(targets))}
         if member_keys:
-            found = await repository.find_members(session, sorted(member_keys))
+            found = await repository.find_members(connection, sorted(member_keys))
             self.members = {(row.chat_id, row.user_id): row for row in found}
             self.existing_members = set(self.members)
 
@@ -292,9 +289,7 @@ class _Batch:
         # Ids are unique, so the id itself names the send.
         client_id = change.message_id.to_bytes(16, "big")
         service = json.dumps(change.service, ensure_ascii=False)
-        return self._insert(
-            draft, change.message_id, change.user_id, client_id, "service", "", service, None, None
-        )
+        return self._insert(draft, change.message_id, change.user_id, client_id, "service", "", service, None, None)
 
     def _insert(
         self,
@@ -386,9 +381,7 @@ class _Batch:
         member = self._require_member(draft, change.user_id)
         row = self._require_target(draft, member, change.message_id)
         if row.sender_id != change.user_id and not (draft.roster.type == "group" and member.role != "member"):
-            raise Forbidden(
-                "not_your_message", "Only its sender or an admin may delete a message for everybody."
-            )
+            raise Forbidden("not_your_message", "Only its sender or an admin may delete a message for everybody.")
         if row.message_type == "service":
             raise Forbidden("not_deletable", "Service messages cannot be deleted for everybody.")
         if row.deleted_at is not None:
@@ -510,9 +503,7 @@ class _Batch:
             draft.joined.add(user_id)
             draft.left.discard(user_id)
         for user_id in change.leave:
-            rows.append(
-                self._member(updated.id, user_id)._replace(left_seq=updated.last_seq, version=version)
-            )
+            rows.append(self._member(updated.id, user_id)._replace(left_seq=updated.last_seq, version=version))
             del active[user_id]
             draft.left.add(user_id)
             draft.joined.discard(user_id)
@@ -575,18 +566,18 @@ class _Batch:
     # --- writing ---
 
     async def _write(self) -> None:
-        session = self.session
+        connection = self.connection
         changed = [draft for draft in self.drafts.values() if draft.changed]
         if new := [row for draft in changed for row in draft.new]:
-            await repository.insert_messages(session, new)
+            await repository.insert_messages(connection, new)
         if self.rewritten:
-            await repository.update_messages(session, list(self.rewritten.values()))
+            await repository.update_messages(connection, list(self.rewritten.values()))
         if changed:
-            await repository.update_chats(session, [draft.updated for draft in changed])
+            await repository.update_chats(connection, [draft.updated for draft in changed])
         for draft in changed:
             if draft.updated.info_version != draft.info_version_before:
                 await repository.update_chat_info(
-                    session,
+                    connection,
                     draft.row.id,
                     title=draft.row.title,
                     description=draft.row.description,
@@ -595,16 +586,16 @@ class _Batch:
         await self._stamp_accounts()
         if self.saved_members:
             await repository.save_members(
-                session, list(self.saved_members.values()), frozenset(self.existing_members)
+                connection, list(self.saved_members.values()), frozenset(self.existing_members)
             )
         if self.marks:
-            await repository.update_marks(session, list(self.marks.values()))
+            await repository.update_marks(connection, list(self.marks.values()))
 
     async def _stamp_accounts(self) -> None:
         """Number what only its owner sees: who joined, who left, whose own mark moved unseen."""
         if not self.account_steps:
             return
-        last = await repository.bump_account_versions(self.session, self.account_steps)
+        last = await repository.bump_account_versions(self.connection, self.account_steps)
 
         def stamp(user_id: int) -> int:
             last[user_id] += 1

@@ -63,15 +63,12 @@ class CatchUpService:
                 return
             afresh = (
                 since is None
-                or since
-                < cursor.joined_version  # left and joined again: what was missed was not theirs to see
+                or since < cursor.joined_version  # left and joined again: what was missed was not theirs to see
                 or since > cursor.version
                 or cursor.version - since > self._settings.resume_max_changes
             )
             if since is not None and not afresh:
-                members = await repository.list_changed_members(
-                    session, chat_id, after=since, limit=PAGE_MEMBERS + 1
-                )
+                members = await repository.list_changed_members(session, chat_id, after=since, limit=PAGE_MEMBERS + 1)
                 afresh = len(members) > PAGE_MEMBERS
             if since is None or afresh:
                 reset = await self._reset(session, user_id, cursor)
@@ -130,9 +127,7 @@ class CatchUpService:
                 upto = target
                 if len(rows) == PAGE_MESSAGES:
                     upto = min(target, rows[-1].version)
-                members = await repository.list_changed_members(
-                    session, chat_id, after=after, limit=PAGE_MEMBERS * 10
-                )
+                members = await repository.list_changed_members(session, chat_id, after=after, limit=PAGE_MEMBERS * 10)
                 messages = await visible_messages(session, user_id, chat_id, rows)
                 [info] = await repository.find_chats(session, [chat_id])
             yield {

@@ -90,9 +90,7 @@ class RosterMoved:
     chat_id: int
 
 
-Change = (
-    SendMessage | SendService | EditMessage | DeleteMessage | Mark | ChangeMembers | ChangeInfo | RosterMoved
-)
+Change = SendMessage | SendService | EditMessage | DeleteMessage | Mark | ChangeMembers | ChangeInfo | RosterMoved
 
 
 @dataclass(slots=True)

@@ -77,13 +77,13 @@ class RosterCache:
             self._members -= len(oldest.members)
 
 
-async def load_rosters(session: AsyncSession, chats: Iterable[ChatRow]) -> list[Roster]:
+async def load_rosters(executor: repository.Executor, chats: Iterable[ChatRow]) -> list[Roster]:
     """Read rosters afresh. Exact when the caller holds the chats' locks; a hint otherwise."""
     by_id = {chat.id: chat for chat in chats}
     if not by_id:
         return []
     members: dict[int, dict[int, RosterMember]] = {chat_id: {} for chat_id in by_id}
-    for chat_id, user_id, role, visible_from in await repository.list_active_members(session, list(by_id)):
+    for chat_id, user_id, role, visible_from in await repository.list_active_members(executor, list(by_id)):
         members[chat_id][user_id] = RosterMember(cast(Role, role), visible_from)
     pairs = {
         cast(tuple[int, int], tuple(sorted(members[chat.id]))): chat.id
@@ -91,7 +91,7 @@ async def load_rosters(session: AsyncSession, chats: Iterable[ChatRow]) -> list[
         if chat.type == "personal" and len(members[chat.id]) == 2
     }
     blockers: dict[int, frozenset[int]] = {}
-    for low, high, low_blocks, high_blocks in await repository.list_blocks(session, list(pairs)):
+    for low, high, low_blocks, high_blocks in await repository.list_blocks(executor, list(pairs)):
         blockers[pairs[low, high]] = frozenset(
             user_id for user_id, blocks in ((low, low_blocks), (high, high_blocks)) if blocks
         )

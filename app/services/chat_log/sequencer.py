@@ -117,9 +117,7 @@ class Sequencer:
             if everybody_may_see_all or oldest >= member.visible_from_seq:
                 connection.deliver(chat_id, version, frames)
             else:
-                connection.deliver(
-                    chat_id, version, Frames.of(*_without_unseen(announcement, member.visible_from_seq))
-                )
+                connection.deliver(chat_id, version, Frames.of(*_without_unseen(announcement, member.visible_from_seq)))
 
     # --- healing ---
 

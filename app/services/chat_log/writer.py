@@ -16,7 +16,6 @@ from dataclasses import dataclass
 
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
-from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.core.clock import Clock
 from app.core.config import Settings
@@ -137,9 +136,7 @@ class Writer:
             self._wake.clear()
             while self._queue:
                 size = min(len(self._queue), self._settings.writer_batch_max)
-                self._batch = [
-                    pending for pending in (self._queue.popleft() for _ in range(size)) if pending.on_done
-                ]
+                self._batch = [pending for pending in (self._queue.popleft() for _ in range(size)) if pending.on_done]
                 try:
                     await self._commit(self._batch)
                 except Exception:
@@ -157,9 +154,7 @@ class Writer:
             late = [pending for pending in (*self._batch, *self._queue) if pending.deadline <= now]
             for pending in late:
                 pending.settle(
-                    Unavailable(
-                        "database_unavailable", "The database does not answer; try again.", retry_after=2
-                    )
+                    Unavailable("database_unavailable", "The database does not answer; try again.", retry_after=2)
                 )
 
     async def _commit(self, batch: Sequence[_Pending]) -> None:
@@ -189,10 +184,9 @@ class Writer:
         ids = await self._ids.reserve("message", sends) if sends else ()
         async with (
             asyncio.timeout(self._settings.db_timeout_seconds),
-            AsyncSession(self._database.log_engine, expire_on_commit=False, autoflush=False) as session,
-            session.begin(),
+            self._database.log_engine.begin() as connection,
         ):
-            return await self._appender.append(session, changes, ids, skip_locked=True)
+            return await self._appender.append(connection, changes, ids, skip_locked=True)
 
     def _tell(self, batch: Sequence[_Pending], appended: Appended) -> None:
         """Truth before talk: the transaction is committed; acknowledge, then announce."""
@@ -219,9 +213,7 @@ class Writer:
     async def _requeue(self, batch: Sequence[_Pending], appended: Appended) -> None:
         """Put back, in order and first in line, what met a lock; refuse what has no chat at all."""
         deferred = [
-            pending
-            for pending, outcome in zip(batch, appended.outcomes, strict=True)
-            if isinstance(outcome, Deferred)
+            pending for pending, outcome in zip(batch, appended.outcomes, strict=True) if isinstance(outcome, Deferred)
         ]
         chat_ids = sorted({pending.change.chat_id for pending in deferred})
         try:
