@@ -14,6 +14,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import NamedTuple
 
 from app.core import security
@@ -359,17 +360,14 @@ class AuthService:
     async def _end(self, uow: UnitOfWork, session_ids: list[int], reason: str) -> None:
         await session_repository.end_sessions(uow.session, session_ids, self._now(), reason)
         uow.after_commit(lambda: self._forget(session_ids))
+        for session_id in session_ids:
+            for callback in self.on_session_ended:
+                uow.after_commit(partial(callback, session_id))
 
     def _forget(self, session_ids: list[int]) -> None:
         self._endings += 1
         for session_id in session_ids:
             self._alive.pop(session_id, None)
-        for session_id in session_ids:
-            for callback in self.on_session_ended:
-                try:
-                    callback(session_id)
-                except Exception:
-                    log.exception("session_end_callback_failed")
 
     # --- socket tickets ---
 

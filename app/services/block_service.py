@@ -7,7 +7,9 @@ it is to somebody gone.
 from __future__ import annotations
 
 from collections.abc import Callable
+from collections.abc import Callable
 from datetime import UTC
+from functools import partial
 from functools import partial
 
 from app.core.clock import Clock
@@ -64,6 +66,9 @@ class BlockService:
             user_id,
             {"type": "block_changed", "account_version": version, "user_id": other_id, "blocked": blocked},
         )
+        if blocked:
+            for callback in self.on_blocked:
+                uow.after_commit(partial(callback, user_id, other_id))
 
     async def list_blocked(self, user_id: int, cursor: str | None, limit: int) -> UserPage:
         """Those a person blocks, by id. Raises BadInput for a cursor that is not ours."""

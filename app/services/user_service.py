@@ -147,11 +147,12 @@ class UserService:
         return self._profile(row, "none", shows_presence=pair is not None and pair.chat_id is not None)
 
     def _profile(self, row: UserRow, relation: UserRelation, *, shows_presence: bool) -> Profile:
-        seen = row.last_seen_at if shows_presence else None
+        online = shows_presence and self.is_online(row.id)
+        seen = row.last_seen_at if shows_presence and not online else None
         return {
             **user_view(row),
             "relation": relation,
-            "online": shows_presence and self.is_online(row.id),
+            "online": online,
             "last_seen_at": timestamp(seen) if seen else None,
         }
 
