@@ -1,0 +1,501 @@
+"""`python -m bench`: measures Dialect, an ordinary FastAPI server and a bare echo side by side, and prints a table.
+
+Each server is one process on one core; the load generator, in its own process, and the database have another. Every
+message is checked by the ledger: a run that loses, doubles or misplaces one fails, however fast it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Literal, get_args
+
+import orjson
+
+from bench import machine, servers
+from bench.client import Result, Task
+from bench.servers import MYSQL_URL_NAME, DatabaseCore, DatabaseName, Failed, MySQL, Server, ServerName
+
+RESULTS = Path(__file__).resolve().parent / "results"
+TASK_SECONDS = 600
+RATED: tuple[ServerName, ServerName] = ("naive", "dialect")
+
+What = Literal["pairs", "group", "open"]
+
+
+@dataclass(frozen=True, slots=True)
+class Scenario:
+    """One line of the table."""
+
+    id: str
+    title: str
+    what: What
+    bar: str
+    factor: float = 0.0
+    """At least so many times the reference."""
+    limit_ms: float = 0.0
+    """At most so many milliseconds at the 99th percentile."""
+    members: int = 0
+    at_least: float = 0.0
+    """A slow reference needs so many seconds for a steady figure."""
+
+
+@dataclass(slots=True)
+class Plan:
+    """What to run and for how long."""
+
+    scenarios: list[Scenario]
+    databases: list[DatabaseName]
+    repeat: int
+    seconds: float
+    warmup: float
+    pairs: int = 100
+    short: bool = False
+
+    @property
+    def groups(self) -> list[int]:
+        """Sizes of the groups."""
+        return sorted({scenario.members for scenario in self.scenarios if scenario.members})
+
+    @property
+    def people(self) -> int:
+        """Accounts needed; two strangers stand beside the largest group."""
+        return max([2 * self.pairs, *(size + 2 for size in self.groups)])
+
+
+@dataclass(slots=True)
+class Measured:
+    """All repeats of one cell."""
+
+    scenario: str
+    database: str
+    server: str
+    results: list[Result] = field(default_factory=list)
+
+    @property
+    def rate(self) -> float:
+        """Median messages a second."""
+        return statistics.median(result.rate for result in self.results)
+
+    def latency(self, name: str) -> float:
+        """Median over the repeats of one percentile."""
+        return statistics.median(result.latency_ms.get(name, float("nan")) for result in self.results)
+
+    def cpu(self, name: str) -> float:
+        """Median share of a core."""
+        return statistics.median(result.cpu.get(name, 0.0) for result in self.results)
+
+
+def scenarios(short: bool) -> list[Scenario]:
+    """P1 to P4 of the table."""
+    crowd = 300 if short else 1000
+    return [
+        Scenario("p1", "100 pairs, closed loop", "pairs", ">= 12x", factor=12),
+        Scenario("p2", "group of 100 online", "group", ">= 25x", factor=25, members=100),
+        Scenario("p3", f"group of {crowd} online", "group", ">= 25x", factor=25, members=crowd),
+        Scenario("p4", "1,000 msg/s in pairs: p99", "open", "<= 10 ms", limit_ms=10),
+    ]
+
+
+class Bench:
+    """One run of the whole benchmark."""
+
+    def __init__(self, plan: Plan, folder: Path, mysql: MySQL | None) -> None:
+        self.plan = plan
+        self.folder = folder
+        self.mysql = mysql
+        self.cores = machine.cores()
+        self.measured: dict[tuple[str, str, str], Measured] = {}
+        self.echo: list[Result] = []
+        self.notes: list[str] = []
+        self.problems: list[str] = []
+        self._database_pid: int | None = None
+        self._step = 0
+        self._steps = len(plan.databases) * plan.repeat * (len(plan.scenarios) * len(RATED) + 1)
+
+    @property
+    def server_core(self) -> int | None:
+        """The core of the server under test."""
+        return self.cores[0] if self.cores else None
+
+    @property
+    def other_core(self) -> int | None:
+        """The core of everything else."""
+        return self.cores[1] if self.cores else None
+
+    def run(self) -> None:
+        """Measure everything.
+
+        Raises Failed when something cannot be started.
+        """
+        if self.cores is None:
+            self.notes.append("this machine offers one core: server, generator and database share it")
+        for database in self.plan.databases:
+            held = DatabaseCore()
+            running: dict[ServerName, Server] = {}
+            try:
+                if database == "mysql" and self.mysql is not None:
+                    held = DatabaseCore.hold(self.mysql, self.other_core)
+                    self.notes.append(held.note)
+                self._database_pid = held.pid
+                for name in ("echo", *RATED):
+                    say(f"{database}: starting {name}")
+                    running[name] = servers.start(name, database, self.folder, self.server_core, self.mysql)
+                for name in RATED:
+                    self._setup(running[name], database)
+                for _ in range(self.plan.repeat):
+                    self._round(running, database)
+            finally:
+                for server in running.values():
+                    server.stop()
+                held.release()
+
+    def _setup(self, server: Server, database: str) -> None:
+        plan = self.plan
+        say(f"{database}: {server.name}: registering {plan.people} people and making their chats")
+        task = self.task(server, "setup", database)
+        task.people, task.pairs, task.groups = plan.people, plan.pairs, plan.groups
+        result = self.generate(server, task)
+        if result.problems:
+            raise Failed(
+                f"{server.name} on {database} could not be set up: {result.problems[0]}\n"
+                f"Its log ends with:\n{server.last_words()}"
+            )
+
+    def _round(self, running: dict[ServerName, Server], database: str) -> None:
+        echo = running["echo"]
+        result = self.generate(echo, self.task(echo, "echo", database))
+        self.echo.append(result)
+        self._progress(f"echo: {result.rate:,.0f}/s", result, echo, f"echo beside {database}")
+        for scenario in self.plan.scenarios:
+            for name in RATED:
+                server = running[name]
+                task = self.task(server, scenario.what, database)
+                task.members = scenario.members
+                result = self.generate(server, task)
+                key = (scenario.id, database, name)
+                self.measured.setdefault(key, Measured(*key)).results.append(result)
+                figure = f"{result.rate:,.0f} msg/s"
+                if result.latency_ms:
+                    figure += f", p50 {result.latency_ms['p50']:.1f} ms, p99 {result.latency_ms['p99']:.1f} ms"
+                self._progress(f"{scenario.id} {name}: {figure}", result, server, f"{scenario.id} on {database}")
+
+    def _progress(self, figure: str, result: Result, server: Server, where: str) -> None:
+        self._step += 1
+        verdict = "ok" if not result.problems else "FAILED"
+        say(f"[{self._step}/{self._steps}] {where}: {figure}: {verdict}")
+        for problem in result.problems:
+            self.problems.append(f"{where}, {server.name}: {problem}")
+
+    def task(self, server: Server, what: Literal["setup", "echo"] | What, database: str) -> Task:
+        """What the generator is to do, apart from numbers of people."""
+        dialect = server.name == "dialect"
+        return Task(
+            what=what,
+            port=server.port,
+            world=str(self.folder / f"world-{server.name}-{database}.json"),
+            door="bearer" if dialect else "query",
+            seqs=dialect,
+            framed_once=dialect,
+            server_pid=server.process.pid,
+            database_pid=self._database_pid if database == "mysql" else None,
+            warmup=self.plan.warmup,
+            seconds=self.plan.seconds,
+            drain=30.0 if self.plan.short else 60.0,
+            pairs=self.plan.pairs,
+        )
+
+    def generate(self, server: Server, task: Task) -> Result:
+        """Run the load generator.
+
+        Raises Failed when the server or the generator itself breaks.
+        """
+        path = self.folder / "task.json"
+        path.write_bytes(orjson.dumps(task))
+        generator = subprocess.run(
+            [sys.executable, "-m", "bench.client", str(path)],
+            cwd=servers.ROOT,
+            env=servers.child_environment(self.folder),
+            stdout=subprocess.PIPE,
+            stderr=None if task.what == "idle" else subprocess.PIPE,
+            preexec_fn=servers.on_core(self.other_core),
+            timeout=TASK_SECONDS,
+            check=False,
+        )
+        if generator.returncode:
+            words = (generator.stderr or b"").decode(errors="replace")[-3000:]
+            raise Failed(f"the load generator broke (status {generator.returncode}):\n{words}")
+        if server.process.poll() is not None:
+            raise Failed(
+                f"{server.name} died during {task.what} (status {server.process.returncode}); "
+                f"its log ends with:\n{server.last_words()}"
+            )
+        return Result(**orjson.loads(generator.stdout))
+
+    # --- what is printed ----------------------------------------------------------------------------------------
+
+    def table(self) -> str:
+        """The table and what belongs under it."""
+        rows: list[tuple[str, ...]] = [("scenario", "database", "naive", "dialect", "ratio", "bar", "met?")]
+        below: list[str] = []
+        for scenario in self.plan.scenarios:
+            for database in self.plan.databases:
+                naive = self.measured[scenario.id, database, "naive"]
+                ours = self.measured[scenario.id, database, "dialect"]
+                rows.append(self._row(scenario, database, naive, ours))
+                below += [_latency_line(scenario, cell) for cell in (naive, ours)]
+        lines = _aligned(rows)
+        floor = statistics.median(result.rate for result in self.echo)
+        lines.append(f"\nfloor: a bare uvicorn WebSocket echo does {floor:,.0f} round trips/s on the same core")
+        lines += ["", "latency and shares of a core (medians):", *below]
+        lines.append("")
+        lines += self._footnotes()
+        return "\n".join(lines)
+
+    def _row(self, scenario: Scenario, database: str, naive: Measured, ours: Measured) -> tuple[str, ...]:
+        head = (f"{scenario.id.upper()} {scenario.title}", database)
+        if scenario.what == "open":
+            mine, theirs = ours.latency("p99"), naive.latency("p99")
+            met = mine <= scenario.limit_ms
+            return (*head, f"{theirs:,.1f} ms", f"{mine:,.1f} ms", _times(theirs, mine), scenario.bar, _yes(met))
+        ratio = ours.rate / naive.rate if naive.rate else 0.0
+        met = ratio >= scenario.factor
+        return (*head, f"{naive.rate:,.0f}/s", f"{ours.rate:,.0f}/s", f"{ratio:,.1f}x", scenario.bar, _yes(met))
+
+    def _footnotes(self) -> list[str]:
+        plan = self.plan
+        pinned = f"core {self.server_core}" if self.cores else "no core of its own"
+        checked = sum(result.messages for cell in self.measured.values() for result in cell.results)
+        lines = [
+            f"machine: {machine.describe()}",
+            f"medians of {plan.repeat}; {plan.seconds:g} s each after {plan.warmup:g} s of warm-up; "
+            f"server: one process, {pinned}; generator and database: "
+            + (f"core {self.other_core}" if self.cores else "the same core"),
+            "dialect runs with its defaults, except: rate limits off, cheap password hashes, long tokens, "
+            "history pages of 500",
+            f"messages inside the measured time: {checked:,}; these and those of warm-up and drain were checked by "
+            "the ledger against the server's history (order and holes only for dialect: the reference promises none)",
+            *self.notes,
+        ]
+        if plan.short:
+            lines.append("a short run: it shows that everything works, its figures prove nothing")
+        return lines
+
+    def as_json(self) -> dict[str, object]:
+        """Everything measured."""
+        return {
+            "when": datetime.now(UTC).isoformat(timespec="seconds"),
+            "commit": _commit(),
+            "machine": machine.describe(),
+            "cores": self.cores,
+            "plan": asdict(self.plan),
+            "echo": [asdict(result) for result in self.echo],
+            "measured": [asdict(cell) for cell in self.measured.values()],
+            "notes": self.notes,
+            "problems": self.problems,
+        }
+
+
+def _latency_line(scenario: Scenario, cell: Measured) -> str:
+    shares = ", ".join(f"{name} {cell.cpu(name):.0%}" for name in ("server", "database", "generator"))
+    times = ", ".join(f"{name} {cell.latency(name):,.1f} ms" for name in ("p50", "p99", "max"))
+    late = cell.latency("generator late p99") if scenario.what == "open" else None
+    tail = f"; generator late by {late:.2f} ms (p99, counted as latency)" if late is not None else ""
+    return f"  {scenario.id.upper()} {cell.database:6} {cell.server:8} {times}; {shares}{tail}"
+
+
+def _times(theirs: float, mine: float) -> str:
+    return f"{theirs / mine:,.1f}x" if mine > 0 else "-"
+
+
+def _yes(met: bool) -> str:
+    return "yes" if met else "NO"
+
+
+def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = []
+    for number, row in enumerate(rows):
+        cells = [
+            cell.ljust(width) if column < 2 or column > 4 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append(" | ".join(cells).rstrip())
+        if number == 0:
+            lines.append("-+-".join("-" * width for width in widths))
+    return lines
+
+
+def _commit() -> str:
+    try:
+        done = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], cwd=servers.ROOT, capture_output=True, text=True, check=False
+        )
+    except OSError:
+        return ""
+    return done.stdout.strip()
+
+
+def say(text: str) -> None:
+    """A line of progress."""
+    print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
+
+
+# --- P5 ---------------------------------------------------------------------------------------------------------
+
+IDLE_LIMIT_KIB = 40.0
+IDLE_ACCOUNTS = 1000
+
+
+def run_idle(bench: Bench, connections: int, seconds: float) -> str:
+    """Hold idle connections and print what each costs."""
+    rows = [("scenario", "database", "connections", "KB each", "drops", "connected in", "bar", "met?")]
+    accounts = min(IDLE_ACCOUNTS, connections)
+    per_user = max(10, -(-connections // accounts))
+    for database in bench.plan.databases:
+        say(f"{database}: starting dialect for {connections:,} idle connections")
+        server = servers.start(
+            "dialect", database, bench.folder, bench.server_core, bench.mysql, sockets_per_user=per_user
+        )
+        try:
+            task = bench.task(server, "setup", database)
+            task.people, task.pairs, task.groups = accounts, 0, []
+            made = bench.generate(server, task)
+            if made.problems:
+                raise Failed(f"dialect could not be set up: {made.problems[0]}\n{server.last_words()}")
+            task.what, task.connections, task.seconds = "idle", connections, seconds
+            say(f"{database}: connecting, then {seconds:g} s of silence")
+            result = bench.generate(server, task)
+            bench.measured["p5", database, "dialect"] = Measured("p5", database, "dialect", [result])
+            bench.problems += [f"p5 on {database}: {problem}" for problem in result.problems]
+        finally:
+            server.stop()
+        met = result.drops == 0 and result.connected == connections and result.kib_each <= IDLE_LIMIT_KIB
+        rows.append(
+            (
+                f"P5 idle {seconds:g} s",
+                database,
+                f"{result.connected:,} of {connections:,}",
+                f"{result.kib_each:.1f}",
+                str(result.drops),
+                f"{result.connect_seconds:.1f} s",
+                f"<= {IDLE_LIMIT_KIB:g} KB, 0 drops",
+                _yes(met),
+            )
+        )
+    lines = _aligned(rows)
+    lines.append(
+        f"\nBearer door, {accounts:,} accounts, {per_user} sockets each at most, sources 127.0.0.2 to 127.0.0.21; "
+        "KB each: growth of the server's RSS\n" + f"machine: {machine.describe()}"
+    )
+    return "\n".join(lines)
+
+
+# --- the command ------------------------------------------------------------------------------------------------
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench", description="Measure Dialect beside an ordinary FastAPI server and a bare echo."
+    )
+    parser.add_argument("--short", action="store_true", help="a run of a minute that only shows that all of it works")
+    parser.add_argument("--only", default="", help="for example p1,p2; p5 (idle connections) runs only when named")
+    parser.add_argument("--db", default="sqlite,mysql", help="sqlite, mysql or both (default)")
+    parser.add_argument("--repeat", type=int, help="repeats of each measurement; the median counts (default 3)")
+    parser.add_argument("--seconds", type=float, help="seconds per measurement (default 8)")
+    parser.add_argument("--connections", type=int, default=10_000, help="idle connections of p5 (default 10,000)")
+    parser.add_argument("--hold", type=float, default=60, help="seconds that p5 holds them (default 60)")
+    options = parser.parse_args(arguments)
+    if options.repeat is not None and options.repeat < 1:
+        parser.error("--repeat must be at least 1")
+    options.only = [part.strip().lower() for part in options.only.split(",") if part.strip()]
+    unknown = set(options.only) - {"p1", "p2", "p3", "p4", "p5"}
+    if unknown:
+        parser.error(f"--only knows p1 to p5, not {', '.join(sorted(unknown))}")
+    options.db = [part.strip().lower() for part in options.db.split(",") if part.strip()]
+    if not options.db or set(options.db) - set(get_args(DatabaseName)):
+        parser.error("--db takes sqlite, mysql or sqlite,mysql")
+    return options
+
+
+def choose_databases(wanted: list[DatabaseName], short: bool) -> tuple[list[DatabaseName], MySQL | None]:
+    """The databases that can be measured.
+
+    Raises Failed when MySQL is wanted by CI, or nothing is left.
+    """
+    url = os.environ.get(MYSQL_URL_NAME, "")
+    if "mysql" not in wanted:
+        return wanted, None
+    if url:
+        mysql = MySQL.from_url(url)
+        mysql.run("SELECT 1")
+        return wanted, mysql
+    how = f"start one with `make mysql` and put the URL it prints into {MYSQL_URL_NAME}"
+    if short and os.environ.get("CI", "").lower() in ("true", "1"):
+        raise Failed(f"CI measures MySQL too, and {MYSQL_URL_NAME} is not set: {how}.")
+    left: list[DatabaseName] = [name for name in wanted if name != "mysql"]
+    if not left:
+        raise Failed(f"{MYSQL_URL_NAME} is not set: {how}.")
+    say(f"MySQL IS LEFT OUT: {MYSQL_URL_NAME} is not set; to measure it, {how}.")
+    return left, None
+
+
+def main() -> int:
+    """Run what the command line asks for; 1 when the ledger or a server failed, whatever the figures."""
+    options = parse()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    chosen = [scenario for scenario in scenarios(options.short) if not options.only or scenario.id in options.only]
+    seconds = options.seconds or (1.5 if options.short else 8.0)
+    RESULTS.mkdir(exist_ok=True)
+    # On the disk of the project: a temporary folder may be memory, where a durable commit costs nothing.
+    folder = Path(tempfile.mkdtemp(prefix="run-", dir=RESULTS))
+    try:
+        databases, mysql = choose_databases(options.db, options.short)
+        plan = Plan(
+            chosen,
+            databases,
+            options.repeat or (1 if options.short else 3),
+            seconds,
+            0.5 if options.short else 2.0,
+            short=options.short,
+        )
+        bench = Bench(plan, folder, mysql)
+        if chosen:
+            bench.run()
+            print("\n" + bench.table(), flush=True)
+        if "p5" in options.only:
+            print("\n" + run_idle(bench, options.connections, options.hold), flush=True)
+    except Failed as failure:
+        print(f"\nThe benchmark stopped: {failure}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nStopped.", file=sys.stderr)
+        return 130
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
+    path = RESULTS / f"{stamp}.json"
+    path.write_bytes(orjson.dumps(bench.as_json(), option=orjson.OPT_INDENT_2 | orjson.OPT_NON_STR_KEYS))
+    print(f"\nall figures: {path.relative_to(servers.ROOT)}")
+    if bench.problems:
+        print("\nFAILED: figures do not count when messages go astray:", file=sys.stderr)
+        for problem in bench.problems:
+            print(f"  {problem}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
