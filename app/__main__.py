@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import sys
 from collections.abc import Sequence
 
@@ -78,7 +79,9 @@ def serve(settings: Settings, host: str, port: int) -> None:
         access_log=False,  # the middleware writes it
         log_config=None,  # configure_logging has seen to it
     )
-    uvicorn.Server(config).run()
+    # After a stop by Ctrl+C uvicorn lets the signal go on, once all is closed: nothing is left to interrupt.
+    with contextlib.suppress(KeyboardInterrupt):
+        uvicorn.Server(config).run()
 
 
 async def check(settings: Settings) -> None:
