@@ -66,9 +66,6 @@ class BlockService:
             user_id,
             {"type": "block_changed", "account_version": version, "user_id": other_id, "blocked": blocked},
         )
-        if blocked:
-            for callback in self.on_blocked:
-                uow.after_commit(partial(callback, user_id, other_id))
 
     async def list_blocked(self, user_id: int, cursor: str | None, limit: int) -> UserPage:
         """Those a person blocks, by id. Raises BadInput for a cursor that is not ours."""
