@@ -41,8 +41,9 @@ _NAMES = "|".join(SECRET_KEYS)
 # An access token, a bearer header, a name with its value (in a URL, a form, JSON or a repr), a phone.
 _JWT = re.compile(r"\beyJ[\w-]{5,}\.[\w-]+\.[\w-]*")
 _BEARER = re.compile(r"(?i)\b(bearer\s+)[^\s\"',]+")
-_ASSIGNED = re.compile(rf"(?i)\b({_NAMES})=[^&\s\"']+")
-_QUOTED = re.compile(rf"""(?i)(["']({_NAMES})["']\s*:\s*)(?:"[^"]*"?|'[^']*'?)""")
+_STRING = r"""(?:"(?:[^"\\]|\\.)*"?|'(?:[^'\\]|\\.)*'?)"""
+_ASSIGNED = re.compile(rf"(?i)\b({_NAMES})\s?=\s?(?:{_STRING}|[^&\s\"']+)")
+_QUOTED = re.compile(rf"""(?i)(["']({_NAMES})["']\s*:\s*){_STRING}""")
 _PHONE = re.compile(r"(\+|%2[Bb])\d[\d() -]{5,18}(\d{2})(?!\d)")
 _CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160), 0x2028, 0x2029)}
 _CONTROLS |= {0x0A: "\\n", 0x0D: "\\r", 0x09: "\\t", 0x2028: "\\u2028", 0x2029: "\\u2029"}

@@ -24,6 +24,7 @@ TEST_VALUES: dict[str, Any] = {
     # As cheap as Argon2 goes; what it costs in earnest has tests of its own.
     "argon2_memory_kib": 8,
     "argon2_time_cost": 1,
+    "username_filter_capacity": 1000,
     # Limits are tested one by one; elsewhere they would only make tests depend on how fast they run.
     **{
         name: "" if isinstance(field.default, str) else 0
