@@ -136,7 +136,6 @@ def dialect_settings(folder: Path, port: int, database: dict[str, str], sockets_
         "ACCESS_TOKEN_EXPIRE_MINUTES": "1440",
         "MAX_CHATS_CREATED_PER_DAY": "0",
         "MAX_SOCKETS_PER_USER": str(sockets_per_user),
-        "PAGE_SIZE_MAX": "500",
         "LOG_LEVEL": "WARNING",
     }
 

@@ -16,8 +16,8 @@ import orjson
 
 from bench.ledger import Stored
 
-PAGE = 500
-"""Messages in one page of history; the server under test is set to allow it."""
+PAGE = 100
+"""Messages in one page of history: as many as the server allows."""
 AT_ONCE = 8
 
 
