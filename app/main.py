@@ -7,7 +7,7 @@ import sys
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
-from fastapi import APIRouter, FastAPI
+from fastapi import FastAPI
 from starlette.responses import JSONResponse, RedirectResponse, Response
 
 from app import __version__
@@ -50,20 +50,13 @@ def create_app(settings: Settings | None = None, clock: Clock | None = None) -> 
     )
     app.state.services = services
     problems.install(app)
-    app.include_router(api_router())
+    for module in (auth, users, chats, messages, socket):
+        app.include_router(module.router, prefix="/api/v1", responses=problems.problems(413, 422, 429, 503))
     app.include_router(health.router)
     app.add_api_route("/", root_of(settings), include_in_schema=False)
     generate = app.openapi
     app.openapi = lambda: problems.describe(generate())  # type: ignore[method-assign] # FastAPI's way to extend it
     return app
-
-
-def api_router() -> APIRouter:
-    """All of `/api/v1`. Every route may answer with these problems."""
-    api = APIRouter(prefix="/api/v1", responses=problems.problems(413, 422, 429, 503))
-    for module in (auth, users, chats, messages, socket):
-        api.include_router(module.router)
-    return api
 
 
 @contextlib.asynccontextmanager
