@@ -27,26 +27,25 @@ RAW_EXTENSION = "dialect.socket"
 """Where `app.api.websocket_protocol` leaves itself in the scope. Not imported: any server will do here."""
 
 
-class _Attached(Protocol):
-    async def closed(self) -> None: ...
-
-
-class _Attachable(Protocol):
-    def attach(self, make_receiver: Callable[[Transport], Receiver], max_frame_bytes: int) -> _Attached: ...
+class _RawConnection(Protocol):
+    def attach(self, make_receiver: Callable[[Transport], Receiver], max_frame_bytes: int) -> None: ...
 
 
 async def serve_socket(
     websocket: WebSocket, make_receiver: Callable[[Transport], Receiver], max_frame_bytes: int
 ) -> None:
-    """Accept a WebSocket, connect it with a receiver, and return when it is closed.
+    """Accept a WebSocket and connect it with a receiver. Must be the last thing that a route does.
 
-    `make_receiver` may send at once. If it fails, the socket closes with 1011 and the error is raised here. A
-    longer message than `max_frame_bytes` closes with 1009. When this is cancelled, the connection is cut.
+    Returns when the socket is closed; on a raw connection at once, because a route that waits weighs five times what
+    the connection does. So what is to be done at the end belongs into `on_closed`, on both.
+
+    `make_receiver` may send at once. If it fails, the socket closes with 1011 and the error is raised here. A longer
+    message than `max_frame_bytes` closes with 1009.
     """
     await websocket.accept()
-    raw: _Attachable | None = websocket.scope.get("extensions", {}).get(RAW_EXTENSION)
+    raw: _RawConnection | None = websocket.scope.get("extensions", {}).get(RAW_EXTENSION)
     if raw is not None:
-        await raw.attach(make_receiver, max_frame_bytes).closed()
+        raw.attach(make_receiver, max_frame_bytes)
     else:
         await AsgiSocket(websocket, max_frame_bytes).run(make_receiver)
 

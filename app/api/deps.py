@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from typing import Annotated
+from typing import Annotated, Any
 
-from fastapi import Depends, Request
+from fastapi import Depends, Query, Request
 from fastapi.security import OAuth2PasswordBearer
 from starlette.requests import HTTPConnection
 
+from app.core.cursors import Part, cursor_pattern
 from app.core.errors import Unauthenticated
 from app.services.auth_service import Caller
 from app.services.container import Services
@@ -59,3 +60,12 @@ def get_client_ip(request: Request) -> str:
 
 
 ClientIp = Annotated[str, Depends(get_client_ip)]
+
+
+def cursor_query(*kinds: type[Part]) -> Any:
+    """A query parameter for the `next` of a page before, described by what may be in it."""
+    return Query(
+        max_length=4096,
+        json_schema_extra={"pattern": cursor_pattern(*kinds)},
+        description="`next` of the page before.",
+    )

@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 @contextlib.contextmanager
 def graceful_stop(drain: Callable[[], Awaitable[None]]) -> Iterator[None]:
-    """While this lasts, the first SIGTERM or SIGINT runs `drain` before the server sees it; a second one does not wait."""
+    """While this lasts, the first SIGTERM or SIGINT runs `drain` before the server sees it; a second does not wait."""
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread hears signals; whoever runs us elsewhere stops us by other means
         return

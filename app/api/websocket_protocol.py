@@ -2,8 +2,10 @@
 
 Handshake, refusals and routing are uvicorn's and go through ASGI. Once the route has accepted, `attach` swaps
 the connection's protocol for a `RawSocket`: a parser that hands each message straight to the receiver, and a
-writer that takes frames made once for everybody. No queue, no task switch and no `str` stand between, and the
-machinery of the handshake is freed.
+writer that takes frames made once for everybody. No queue, no task switch and no `str` stand between.
+
+The route returns as soon as a receiver is attached, and all of the handshake, from uvicorn's buffers to the frames
+of FastAPI, is freed: that was five sixths of what an idle connection weighed.
 
 Written against uvicorn 0.54, which requirements.txt pins.
 """
@@ -68,12 +70,13 @@ class RawSocket(asyncio.Protocol):
     __slots__ = (
         "_choked",
         "_close_code",
-        "_closed",
         "_closing",
         "_connections",
         "_corked",
         "_corked_bytes",
+        "_deadline",
         "_deaf",
+        "_grace",
         "_heard",
         "_loop",
         "_max_bytes",
@@ -106,11 +109,11 @@ class RawSocket(asyncio.Protocol):
         self._connections = connections
         self._max_bytes = max_frame_bytes
         self._receiver: Receiver | None = None
-        self._closed: asyncio.Future[None] | None = None
 
         self._closing = False  # a close frame went out, or nothing can go out any more
         self._deaf = False  # what still comes in is thrown away
         self._close_code = 1006
+        self._deadline: float | None = None  # the server waits no longer
 
         # Reading: bytes that are no whole frame yet (or may not be delivered yet) and how many are needed.
         self._tail: bytearray | None = None
@@ -131,6 +134,7 @@ class RawSocket(asyncio.Protocol):
 
         self._ping_interval = config.ws_ping_interval
         self._ping_timeout = config.ws_ping_timeout
+        self._grace = config.timeout_graceful_shutdown
         self._heard = True
         self._timer: asyncio.TimerHandle | None = None
         if self._ping_interval:
@@ -148,17 +152,6 @@ class RawSocket(asyncio.Protocol):
             self.data_received(held)
             if not (self._paused or self._more or self._transport.is_closing()):
                 self._transport.resume_reading()
-
-    async def closed(self) -> None:
-        """Wait until the connection is gone. Cancelled, it cuts the connection."""
-        if self._receiver is None:
-            return
-        self._closed = self._loop.create_future()
-        try:
-            await self._closed
-        except asyncio.CancelledError:
-            self.abort(1012)
-            raise
 
     # --- Transport ----------------------------------------------------------------------------------------
 
@@ -238,8 +231,6 @@ class RawSocket(asyncio.Protocol):
             self._timer.cancel()
             self._timer = None
         self._connections.discard(self)
-        if self._closed is not None and not self._closed.done():
-            self._closed.set_result(None)
         receiver, self._receiver = self._receiver, None
         if receiver is not None:
             try:
@@ -249,13 +240,15 @@ class RawSocket(asyncio.Protocol):
 
     def shutdown(self) -> None:
         """uvicorn is stopping: read no more, and let the receiver finish and close."""
-        if self._closing:
+        if self._closing or self._receiver is None:
             return
         self._stopping = True
         self.pause_reading()
-        if self._receiver is None:
-            self.close(1012)
-            return
+        if self._grace is not None:
+            self._deadline = self._loop.time() + self._grace
+            if self._timer is not None:
+                self._timer.cancel()
+            self._timer = self._loop.call_at(self._deadline, self.abort, 1012)
         try:
             self._receiver.on_shutdown()
         except Exception as error:
@@ -457,7 +450,10 @@ class RawSocket(asyncio.Protocol):
         self._close_code = code
         if self._timer is not None:
             self._timer.cancel()
-        self._timer = self._loop.call_later(CLOSE_SECONDS, self._transport.abort)
+        end = self._loop.time() + CLOSE_SECONDS
+        if self._deadline is not None:
+            end = min(end, self._deadline)
+        self._timer = self._loop.call_at(end, self._transport.abort)
 
     def _fail(self, code: int, reason: str) -> None:
         """Fail the connection (RFC 6455 section 7.1.7)."""
@@ -534,12 +530,18 @@ class DialectWebSocketProtocol(WebSocketsSansIOProtocol):
         self._held += data
         self.transport.pause_reading()  # one read at most is held for a stranger
 
-    def attach(self, make_receiver: Callable[[Transport], Receiver], max_frame_bytes: int) -> RawSocket:
-        """Take the connection over from ASGI, which must have accepted it and done nothing else with it."""
+    def attach(self, make_receiver: Callable[[Transport], Receiver], max_frame_bytes: int) -> None:
+        """Take the connection over from ASGI, which must have accepted it and done nothing else with it.
+
+        The route returns after this; it is no longer told anything. If `make_receiver` fails, the socket closes
+        with 1011 and the error is raised here.
+        """
         if not self.handshake_complete or self._held is None or self._attached:
             raise RuntimeError("attach comes right after accept")
         self._attached = True
         self.stop_keepalive()
+        # uvicorn ends the connection when the route returns, unless its own closing handshake is under way.
+        self.close_timer = self.loop.call_later(0, int)
         held, self._held = bytes(self._held), None
         lost, shut = self.disconnected, self.transport.is_closing()
         self.scope["extensions"].pop(SCOPE_EXTENSION, None)
@@ -558,9 +560,6 @@ class DialectWebSocketProtocol(WebSocketsSansIOProtocol):
             raw.close(1011, "internal error")
             raise
         raw.start(receiver, b"" if shut else held)
-        # The handshake's machinery weighs more than the connection.
-        del self.conn, self.queue, self.request, self.response, self.writable, self.frames
-        return raw
 
     async def receive(self) -> ASGIReceiveEvent:
         if self._asked_to_connect:

@@ -12,6 +12,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
 from app.core.errors import StartupError
 
 PLACEHOLDER_SECRETS = frozenset({"", "your_super_secret_key_here_min_32_chars", "changeme", "secret"})
@@ -69,7 +70,7 @@ class Settings(BaseSettings):
     forwarded_allow_ips: str = Field(
         "127.0.0.1", description="Proxies whose X-Forwarded-For is believed, comma-separated."
     )
-    max_body_bytes: int = Field(256 * 1024, ge=1024, description="Largest request body, uploads aside.")
+    max_body_bytes: int = Field(1024 * 1024, ge=1024, description="Largest request body, uploads aside.")
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="Least level logged.")
     log_format: Literal["json", "console"] = Field("console", description="`json` for machines.")
     shutdown_seconds: float = Field(8.0, gt=0, le=60, description="Bound of a graceful stop.")

@@ -260,7 +260,8 @@ def _check_mysql(connection: Connection) -> None:
     ).one()
     if int(flush) != 1:
         raise StartupError(
-            f"MySQL has innodb_flush_log_at_trx_commit={flush}: a power cut would lose acknowledged messages. Set it to 1."
+            f"MySQL has innodb_flush_log_at_trx_commit={flush}: a power cut would lose acknowledged messages. "
+            "Set it to 1."
         )
     if int(has_binlog) and int(binlog) != 1:
         log.warning("mysql_sync_binlog_is_not_1", extra={"sync_binlog": binlog})

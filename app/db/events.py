@@ -16,6 +16,7 @@ from app.db.schemas import (
     AccountVersion,
     Chat,
     ClientId,
+    Content,
     Counter,
     Id,
     In,
@@ -24,7 +25,6 @@ from app.db.schemas import (
     ResumeIn,
     SendableType,
     Seq,
-    Text,
     Timestamp,
     User,
     Version,
@@ -47,7 +47,7 @@ class NewMessageCommand(Command):
 
     type: Literal["new_message"]
     chat_id: Id
-    content: Annotated[Text, Field(min_length=1)]
+    content: Content
     message_type: SendableType = "text"
     client_id: ClientId | None = None
     reply_to: Id | None = None
@@ -59,7 +59,7 @@ class EditMessageCommand(Command):
     type: Literal["edit_message"]
     chat_id: Id
     message_id: Id
-    content: Annotated[Text, Field(min_length=1)]
+    content: Content
 
 
 class DeleteMessageCommand(Command):

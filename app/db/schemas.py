@@ -6,23 +6,34 @@ time, so the hot path serialises it as it is, with the same declaration feeding 
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from typing import Annotated, Literal
 from uuid import UUID
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
-from pydantic.json_schema import SkipJsonSchema
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from typing_extensions import TypedDict
 
 MAX_ID = 2**53 - 1
 """JavaScript holds no larger integer exactly (RFC 8259 section 6)."""
 
-Id = Annotated[int, Field(ge=1, le=MAX_ID, examples=[42])]
-Seq = Annotated[int, Field(ge=1, le=MAX_ID, description="Place of a message in its chat: 1, 2, 3, ... without gaps.")]
-Counter = Annotated[int, Field(ge=0, le=MAX_ID)]
-Version = Annotated[int, Field(ge=0, le=MAX_ID, description="Number of a change in a chat's log.")]
+
+def _whole(value: object) -> object:
+    """2.0 is an integer in JSON (and in JSON Schema); Python reads it as a float."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+WHOLE = BeforeValidator(_whole)
+Id = Annotated[int, Field(ge=1, le=MAX_ID, examples=[42]), WHOLE]
+Seq = Annotated[
+    int, Field(ge=1, le=MAX_ID, description="Place of a message in its chat: 1, 2, 3, ... without gaps."), WHOLE
+]
+Counter = Annotated[int, Field(ge=0, le=MAX_ID), WHOLE]
+Version = Annotated[int, Field(ge=0, le=MAX_ID, description="Number of a change in a chat's log."), WHOLE]
 AccountVersion = Annotated[
-    int, Field(ge=0, le=MAX_ID, description="Number of a change among the things only this user sees.")
+    int,
+    Field(ge=0, le=MAX_ID, description="Number of a change among the things only this user sees."),
+    WHOLE,
 ]
 Timestamp = Annotated[
     str,
@@ -51,6 +62,20 @@ ServiceAction = Literal[
 UserRelation = Literal["none", "self", "blocked"]
 
 
+# What is refused in text is told to clients as a pattern, in a dialect that ECMA, Python and Rust read alike.
+_CONTROLS = r"\u0000-\u0008\u000b\u000c\u000e-\u001f\u007f-\u009f"
+_INVISIBLE = r"\u00ad\u061c\u180e\u200b\u200c\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
+"""What makes two names look alike or turns text around. The zero-width joiner U+200D is not here: it holds
+emoji together."""
+_NO_LINE = rf"{_CONTROLS}\t\n\r{_INVISIBLE}"
+LINE = rf"^[^{_NO_LINE}]*$"
+FILLED_LINE = rf"^[^{_NO_LINE}]*[^{_NO_LINE}\s][^{_NO_LINE}]*$"
+LINES = rf"^[^{_CONTROLS}{_INVISIBLE}]*$"
+TEXT = r"^[^\u0000]*$"
+FILLED_TEXT = r"^[^\u0000]*[^\u0000\s][^\u0000]*$"
+_LINE, _LINES = re.compile(LINE), re.compile(LINES)
+
+
 def _check_text(value: str) -> str:
     """Any Unicode text but NUL, which C strings and some databases end at."""
     if "\x00" in value:
@@ -59,23 +84,33 @@ def _check_text(value: str) -> str:
 
 
 def _check_line(value: str) -> str:
-    """One line for people to read: NFC, no controls, no bidi or zero-width tricks that make names look alike."""
-    value = unicodedata.normalize("NFC", value).strip()
-    for character in value:
-        category = unicodedata.category(character)
-        # The zero-width joiner holds emoji together and is harmless to a reader.
-        if category in ("Cc", "Cs", "Co", "Zl", "Zp") or (category == "Cf" and character != "\u200d"):
-            raise ValueError("must not contain control or invisible characters")
-    return value
+    """One line for people to read: no controls, no bidi or zero-width tricks; composed (NFC) and trimmed."""
+    if not _LINE.fullmatch(value):
+        raise ValueError("must not contain control or invisible characters")
+    return unicodedata.normalize("NFC", value).strip()
 
 
 def _check_lines(value: str) -> str:
-    return "\n".join(_check_line(line) for line in value.replace("\r\n", "\n").split("\n")).strip()
+    """The same with line breaks."""
+    if not _LINES.fullmatch(value):
+        raise ValueError("must not contain control or invisible characters")
+    return unicodedata.normalize("NFC", value).replace("\r\n", "\n").strip()
 
 
-Text = Annotated[str, AfterValidator(_check_text)]
-Line = Annotated[str, AfterValidator(_check_line)]
-Lines = Annotated[str, AfterValidator(_check_lines)]
+Text = Annotated[str, Field(json_schema_extra={"pattern": TEXT}), AfterValidator(_check_text)]
+Content = Annotated[
+    str,
+    Field(
+        min_length=1,
+        json_schema_extra={"pattern": FILLED_TEXT, "maxLength": 4096},
+        description="At most 4096 characters unless the server is set otherwise; something in it must be visible.",
+        examples=["Hello world!"],
+    ),
+    AfterValidator(_check_text),
+]
+Line = Annotated[str, Field(json_schema_extra={"pattern": LINE}), AfterValidator(_check_line)]
+FilledLine = Annotated[str, Field(json_schema_extra={"pattern": FILLED_LINE}), AfterValidator(_check_line)]
+Lines = Annotated[str, Field(json_schema_extra={"pattern": LINES}), AfterValidator(_check_lines)]
 Phone = Annotated[
     str,
     Field(min_length=3, max_length=32, examples=["+79991234567"], description="With its country code."),
@@ -91,7 +126,7 @@ Username = Annotated[
         description="3 to 32 of a-z, 0-9 and _, beginning with a letter; unique without regard to case.",
     ),
 ]
-DisplayName = Annotated[Line, Field(min_length=1, max_length=64, examples=["John Doe"])]
+DisplayName = Annotated[FilledLine, Field(min_length=1, max_length=64, examples=["John Doe"])]
 Password = Annotated[
     str,
     Field(
@@ -164,9 +199,9 @@ class Device(TypedDict):
 class ProfileIn(In):
     """What to change of one's profile; what is left out stays."""
 
-    username: Username | SkipJsonSchema[None] = None
-    display_name: DisplayName | SkipJsonSchema[None] = None
-    bio: Annotated[Lines, Field(max_length=512)] | SkipJsonSchema[None] = None
+    username: Username | None = None
+    display_name: DisplayName | None = None
+    bio: Annotated[Lines, Field(max_length=512)] | None = None
 
 
 class User(TypedDict):
@@ -219,7 +254,7 @@ class Availability(TypedDict):
 class MessageIn(In):
     """A message to send."""
 
-    content: Annotated[Text, Field(min_length=1)]
+    content: Content
     message_type: SendableType = "text"
     client_id: ClientId | None = None
     reply_to: Id | None = Field(None, description="Id of the message it answers, in the same chat.")
@@ -228,7 +263,7 @@ class MessageIn(In):
 class MessageEditIn(In):
     """The new text of a message."""
 
-    content: Annotated[Text, Field(min_length=1)]
+    content: Content
 
 
 class Service(TypedDict):
@@ -300,7 +335,7 @@ class PersonalChatIn(In):
 class GroupIn(In):
     """A new group; the caller becomes its owner."""
 
-    title: Annotated[Line, Field(min_length=1, max_length=128)]
+    title: Annotated[FilledLine, Field(min_length=1, max_length=128)]
     description: Annotated[Lines, Field(max_length=512)] = ""
     member_ids: Annotated[list[Id], Field(max_length=2000)] = Field(default_factory=list)
     history_visible: bool = Field(True, description="Whether those who join later see what was said before.")
@@ -309,9 +344,9 @@ class GroupIn(In):
 class ChatEditIn(In):
     """What to change of a group; what is left out stays."""
 
-    title: Annotated[Line, Field(min_length=1, max_length=128)] | SkipJsonSchema[None] = None
-    description: Annotated[Lines, Field(max_length=512)] | SkipJsonSchema[None] = None
-    history_visible: bool | SkipJsonSchema[None] = None
+    title: Annotated[FilledLine, Field(min_length=1, max_length=128)] | None = None
+    description: Annotated[Lines, Field(max_length=512)] | None = None
+    history_visible: bool | None = None
 
 
 class MembersIn(In):
@@ -391,6 +426,11 @@ class ResumeIn(In):
 
     epoch: Annotated[str, Field(max_length=64)] | None = None
     account_version: AccountVersion = 0
-    chats: Annotated[dict[Annotated[str, Field(pattern=r"^[1-9][0-9]{0,15}$")], Version], Field(max_length=10_000)] = (
-        Field(default_factory=dict, description="Chat id to the version the client has applied.")
-    )
+    chats: Annotated[
+        dict[Annotated[str, Field(pattern=r"^[1-9][0-9]{0,15}$")], Version],
+        Field(
+            max_length=10_000,
+            json_schema_extra={"additionalProperties": False},
+            description="Chat id to the version the client has applied.",
+        ),
+    ] = Field(default_factory=dict)

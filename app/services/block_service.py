@@ -7,14 +7,12 @@ it is to somebody gone.
 from __future__ import annotations
 
 from collections.abc import Callable
-from collections.abc import Callable
 from datetime import UTC
-from functools import partial
 from functools import partial
 
 from app.core.clock import Clock
 from app.core.cursors import decode_cursor, encode_cursor
-from app.core.errors import BadInput, user_not_found
+from app.core.errors import Conflict, user_not_found
 from app.db.database import Database
 from app.db.repositories import pairs as pair_repository
 from app.db.repositories import users as user_repository
@@ -22,6 +20,9 @@ from app.db.schemas import UserPage
 from app.services.chat_log.changes import RosterMoved
 from app.services.unit_of_work import UnitOfWork
 from app.services.user_service import user_view
+
+BLOCKED_CURSOR = (int,)
+"""User id."""
 
 
 class BlockService:
@@ -34,9 +35,9 @@ class BlockService:
         """Called with (who blocked, whom) once a block is committed."""
 
     async def block(self, uow: UnitOfWork, user_id: int, other_id: int) -> None:
-        """Block somebody; blocking twice is blocking once. Raises BadInput for oneself and NotFound."""
+        """Block somebody; blocking twice is blocking once. Raises Conflict for oneself and NotFound."""
         if user_id == other_id:
-            raise BadInput("cannot_block_self", "You cannot block yourself.")
+            raise Conflict("cannot_block_self", "You cannot block yourself.")
         await self._set(uow, user_id, other_id, blocked=True)
 
     async def unblock(self, uow: UnitOfWork, user_id: int, other_id: int) -> None:
@@ -69,7 +70,7 @@ class BlockService:
 
     async def list_blocked(self, user_id: int, cursor: str | None, limit: int) -> UserPage:
         """Those a person blocks, by id. Raises BadInput for a cursor that is not ours."""
-        [after_id] = decode_cursor(cursor, int) if cursor else [0]
+        [after_id] = decode_cursor(cursor, *BLOCKED_CURSOR) if cursor else [0]
         async with self.database.reading() as session:
             ids = await pair_repository.list_blocked(session, user_id, after_id, limit + 1)
             page = ids[:limit]

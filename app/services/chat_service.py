@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.core.clock import Clock
 from app.core.config import Settings
 from app.core.cursors import decode_cursor, encode_cursor
-from app.core.errors import BadInput, Conflict, Forbidden, chat_not_found, peer_unavailable, user_not_found
+from app.core.errors import Conflict, Forbidden, chat_not_found, peer_unavailable, user_not_found
 from app.db.database import Database
 from app.db.repositories import chats as chats_repository
 from app.db.repositories import pairs as pairs_repository
 from app.db.repositories import users as users_repository
 from app.db.repositories.chat_log import ChatRow
+from app.db.repositories.chats import ChatListRow
 from app.db.repositories.pairs import PairRow
 from app.db.schemas import Chat, ChatEditIn, ChatPage, ChatType, GroupIn, Members, Role, ServiceAction
 from app.services.chat_log.changes import Change, ChangeInfo, ChangeMembers, SendService
@@ -25,6 +26,10 @@ from app.services.rate_limiter import RateLimiter
 from app.services.unit_of_work import UnitOfWork
 from app.services.user_service import user_view
 
+CHAT_CURSOR = (int, int)
+"""Microseconds of the last activity since 1970, chat id."""
+MEMBER_CURSOR = (int,)
+EPOCH = datetime(1970, 1, 1)  # noqa: DTZ001 - naive UTC, as the database has it
 RANK: dict[Role, int] = {"member": 0, "admin": 1, "owner": 2}
 
 
@@ -44,13 +49,8 @@ class ChatService:
         limit = min(limit, self._settings.page_size_max)
         before: tuple[datetime, int] | None = None
         if cursor is not None:
-            moment, chat_id = decode_cursor(cursor, str, int)
-            try:
-                before = (datetime.fromisoformat(str(moment)).replace(tzinfo=None), int(chat_id))
-            except ValueError:
-                raise BadInput(
-                    "invalid_cursor", "The cursor is not one that the server gave.", field="cursor"
-                ) from None
+            moment, chat_id = decode_cursor(cursor, *CHAT_CURSOR)
+            before = (EPOCH + timedelta(microseconds=moment), chat_id)
         async with self._database.reading() as session:
             rows = await chats_repository.list_chats(session, user_id, before=before, limit=limit + 1)
             more = len(rows) > limit
@@ -61,7 +61,7 @@ class ChatService:
         return {
             "items": [chat_view(row) for row in rows],
             "users": [user_view(row) for row in users],
-            "next": encode_cursor(rows[-1].last_activity_at.isoformat(), rows[-1].id) if more else None,
+            "next": _place(rows[-1]) if more else None,
         }
 
     async def get(self, user_id: int, chat_id: int) -> Chat:
@@ -78,7 +78,7 @@ class ChatService:
     async def list_members(self, user_id: int, chat_id: int, *, cursor: str | None, limit: int) -> Members:
         """A page of who is in a chat, by user id."""
         limit = min(limit, self._settings.page_size_max)
-        after = int(decode_cursor(cursor, int)[0]) if cursor is not None else 0
+        [after] = decode_cursor(cursor, *MEMBER_CURSOR) if cursor is not None else [0]
         async with self._database.reading() as session:
             version = await chats_repository.chat_version(session, chat_id)
             if await chats_repository.find_membership(session, chat_id, user_id) is None:
@@ -297,3 +297,7 @@ class ChatService:
         text: str = "",
     ) -> SendService:
         return SendService(chat_id, user_id, message_id, {"action": action, "user_ids": list(user_ids), "text": text})
+
+
+def _place(row: ChatListRow) -> str:
+    return encode_cursor((row.last_activity_at - EPOCH) // timedelta(microseconds=1), row.id)

@@ -9,7 +9,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.core.clock import Clock, timestamp
 from app.core.config import Settings
-from app.core.errors import BadInput, TooLarge, TooManyRequests, chat_not_found, message_not_found
+from app.core.errors import BadInput, TooManyRequests, chat_not_found, message_not_found
 from app.db.database import Database
 from app.db.events import (
     DeleteMessageCommand,
@@ -95,7 +95,11 @@ class MessageService:
 
     def _check_content(self, content: str) -> None:
         if len(content) > self._settings.max_message_chars:
-            raise TooLarge("message_too_long", f"A message has at most {self._settings.max_message_chars} characters.")
+            raise BadInput(
+                "message_too_long",
+                f"A message has at most {self._settings.max_message_chars} characters.",
+                field="content",
+            )
         if not content.strip():
             raise BadInput("message_empty", "A message needs some text.", field="content")
 
@@ -168,64 +172,35 @@ class MessageService:
         around: int | None,
         limit: int,
     ) -> History:
-        """A page of a chat: the newest messages, or those before, after or around a seq."""
-        if sum(value is not None for value in (before, after, around)) > 1:
-            raise BadInput("invalid_request", "Give at most one of before, after and around.", field="before")
+        """A page of a chat: the newest messages, those before or after a seq, between two, or around one."""
         limit = min(limit, self._settings.page_size_max)
         async with self._database.reading() as session:
             version = await chats_repository.chat_version(session, chat_id)
             member = await chats_repository.find_membership(session, chat_id, user_id)
             if member is None:
                 raise chat_not_found()
-            low = member.visible_from_seq
-            has_after = False
-            if after is not None:
-                rows = await chats_repository.list_messages(
-                    session,
-                    chat_id,
-                    low=max(low, after + 1),
-                    high=MAX_ID,
-                    newest_first=False,
-                    limit=limit + 1,
+
+            async def page(low: int, high: int, size: int, *, newest_first: bool) -> list[MessageRow]:
+                return await chats_repository.list_messages(
+                    session, chat_id, low=low, high=high, newest_first=newest_first, limit=size
                 )
-                has_after = len(rows) > limit
-                rows = rows[:limit]
-            elif around is not None:
-                older = await chats_repository.list_messages(
-                    session, chat_id, low=low, high=around, newest_first=True, limit=max(1, limit // 2)
-                )
-                room = limit - len(older)
-                newer = await chats_repository.list_messages(
-                    session,
-                    chat_id,
-                    low=max(low, around + 1),
-                    high=MAX_ID,
-                    newest_first=False,
-                    limit=room + 1,
-                )
-                has_after = len(newer) > room
-                rows = older + newer[:room]
+
+            first_visible = member.visible_from_seq
+            low = first_visible if after is None else max(first_visible, after + 1)
+            high = MAX_ID if before is None else before - 1
+            if around is not None:
+                older = await page(low, min(around, high), max(1, limit // 2), newest_first=True)
+                rows = older + await page(max(low, around + 1), high, limit - len(older), newest_first=False)
             else:
-                high = MAX_ID if before is None else before - 1
-                rows = await chats_repository.list_messages(
-                    session, chat_id, low=low, high=high, newest_first=True, limit=limit
-                )
-                if before is not None:
-                    newest = rows[-1].seq if rows else before - 1
-                    has_after = bool(
-                        await chats_repository.list_messages(
-                            session,
-                            chat_id,
-                            low=max(low, newest + 1),
-                            high=MAX_ID,
-                            newest_first=False,
-                            limit=1,
-                        )
-                    )
+                rows = await page(low, high, limit, newest_first=after is None)
             items = await visible_messages(session, user_id, chat_id, rows)
+            oldest, newest = (rows[0].seq, rows[-1].seq) if rows else (low, min(high, low - 1))
+            has_after = bool(await page(max(first_visible, newest + 1), MAX_ID, 1, newest_first=False))
             # seq is dense, so whoever does not see the first visible one sees something before.
-            first = rows[0].seq if rows else (after + 1 if after is not None else low)
-            return {"items": items, "version": version, "has_before": first > low, "has_after": has_after}
+            has_before = oldest > first_visible
+            if not rows and has_before:  # unless the chat ends before `after`
+                has_before = bool(await page(first_visible, low - 1, 1, newest_first=True))
+            return {"items": items, "version": version, "has_before": has_before, "has_after": has_after}
 
     async def get(self, user_id: int, chat_id: int, message_id: int) -> Message:
         """One message of a chat."""

@@ -1,4 +1,7 @@
-"""Who is online: told to those who have a personal chat with them and asked to watch. Best effort, not part of any log."""
+"""Who is online: told to those who have a personal chat with them and asked to watch.
+
+Best effort, and not part of any log.
+"""
 
 from __future__ import annotations
 

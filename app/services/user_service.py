@@ -49,6 +49,10 @@ def check_username(username: str) -> None:
         raise BadInput("username_reserved", "This username is reserved.", field="username")
 
 
+SEARCH_CURSOR = (str, str, int)
+"""The index being read, the last name seen in it, user id."""
+
+
 def name_key(display_name: str) -> str:
     """A display name folded for search: the same whatever its case."""
     return unicodedata.normalize("NFC", display_name).casefold()[:192]
@@ -178,7 +182,7 @@ class UserService:
         if len(query) < MIN_QUERY:
             raise BadInput("query_too_short", f"Search for at least {MIN_QUERY} characters.", field="q")
         prefix = name_key(query)
-        place = _Place(*decode_cursor(cursor, str, str, int)) if cursor else _first_place(prefix)
+        place = _Place(*decode_cursor(cursor, *SEARCH_CURSOR)) if cursor else _first_place(prefix)
         await self.limiter.hit("limit_search_per_user", viewer_id)
         found: list[User] = []
         async with self.database.reading() as session:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Path, Query, Response
 
-from app.api.deps import CallerDep, ServicesDep, UowDep
+from app.api.deps import CallerDep, ServicesDep, UowDep, cursor_query
 from app.api.problems import problems
 from app.db.events import DeleteMessageCommand, EditMessageCommand, MessageReadCommand, NewMessageCommand
 from app.db.schemas import (
@@ -25,18 +25,22 @@ from app.db.schemas import (
     RoleIn,
     Sent,
 )
+from app.services.chat_service import CHAT_CURSOR, MEMBER_CURSOR
 
 router = APIRouter(prefix="/chats", tags=["Chats"])
 
 ChatId = Annotated[int, Path(ge=1, le=MAX_ID, description="Id of a chat the caller is in.", examples=[1])]
 UserId = Annotated[int, Path(ge=1, le=MAX_ID, description="Id of a person.", examples=[2])]
 MessageId = Annotated[int, Path(ge=1, le=MAX_ID, description="Id of a message in this chat.", examples=[42])]
-Cursor = Annotated[str | None, Query(max_length=256, description="`next` of the page before.")]
+ChatCursor = Annotated[str | None, cursor_query(*CHAT_CURSOR)]
+MemberCursor = Annotated[str | None, cursor_query(*MEMBER_CURSOR)]
 Limit = Annotated[int, Query(ge=1, le=100, description="Items of a page.")]
 
 
 @router.get("", summary="My chats", responses=problems(401))
-async def list_chats(services: ServicesDep, caller: CallerDep, cursor: Cursor = None, limit: Limit = 50) -> ChatPage:
+async def list_chats(
+    services: ServicesDep, caller: CallerDep, cursor: ChatCursor = None, limit: Limit = 50
+) -> ChatPage:
     """The caller's chats by last activity, newest first, with all that is needed to draw the list."""
     return await services.chats.list_chats(caller.user_id, cursor=cursor, limit=limit)
 
@@ -75,34 +79,34 @@ async def create_group(services: ServicesDep, caller: CallerDep, uow: UowDep, bo
     return await services.chats.create_group(uow, caller.user_id, body)
 
 
-@router.get("/{chat_id}", summary="One chat", responses=problems(401, 404))
+@router.get("/{chat_id:int}", summary="One chat", responses=problems(401, 404))
 async def get_chat(services: ServicesDep, caller: CallerDep, chat_id: ChatId) -> Chat:
     """One of the caller's chats."""
     return await services.chats.get(caller.user_id, chat_id)
 
 
-@router.patch("/{chat_id}", summary="Change a group", responses=problems(401, 403, 404, 409))
+@router.patch("/{chat_id:int}", summary="Change a group", responses=problems(401, 403, 404, 409))
 async def edit_chat(services: ServicesDep, caller: CallerDep, uow: UowDep, chat_id: ChatId, body: ChatEditIn) -> Chat:
     """New title, description or settings. Admins only."""
     return await services.chats.edit(uow, caller.user_id, chat_id, body)
 
 
-@router.get("/{chat_id}/members", summary="Who is in a chat", responses=problems(401, 404))
+@router.get("/{chat_id:int}/members", summary="Who is in a chat", responses=problems(401, 404))
 async def list_members(
-    services: ServicesDep, caller: CallerDep, chat_id: ChatId, cursor: Cursor = None, limit: Limit = 100
+    services: ServicesDep, caller: CallerDep, chat_id: ChatId, cursor: MemberCursor = None, limit: Limit = 100
 ) -> Members:
     """Members by user id, with their profiles."""
     return await services.chats.list_members(caller.user_id, chat_id, cursor=cursor, limit=limit)
 
 
-@router.post("/{chat_id}/members", summary="Add people", responses=problems(401, 403, 404, 409))
+@router.post("/{chat_id:int}/members", summary="Add people", responses=problems(401, 403, 404, 409))
 async def add_members(services: ServicesDep, caller: CallerDep, uow: UowDep, chat_id: ChatId, body: MembersIn) -> Chat:
     """Let people into a group. Admins only; those already in it are passed over."""
     return await services.chats.add_members(uow, caller.user_id, chat_id, body.user_ids)
 
 
 @router.delete(
-    "/{chat_id}/members/{user_id}",
+    "/{chat_id:int}/members/{user_id:int}",
     summary="Remove somebody",
     status_code=204,
     responses=problems(401, 403, 404, 409),
@@ -114,7 +118,9 @@ async def remove_member(
     await services.chats.remove_member(uow, caller.user_id, chat_id, user_id)
 
 
-@router.put("/{chat_id}/members/{user_id}/role", summary="Change a role", responses=problems(401, 403, 404, 409))
+@router.put(
+    "/{chat_id:int}/members/{user_id:int}/role", summary="Change a role", responses=problems(401, 403, 404, 409)
+)
 async def set_role(
     services: ServicesDep, caller: CallerDep, uow: UowDep, chat_id: ChatId, user_id: UserId, body: RoleIn
 ) -> Chat:
@@ -122,13 +128,13 @@ async def set_role(
     return await services.chats.set_role(uow, caller.user_id, chat_id, user_id, body.role)
 
 
-@router.post("/{chat_id}/leave", summary="Leave a group", status_code=204, responses=problems(401, 404, 409))
+@router.post("/{chat_id:int}/leave", summary="Leave a group", status_code=204, responses=problems(401, 404, 409))
 async def leave_chat(services: ServicesDep, caller: CallerDep, uow: UowDep, chat_id: ChatId) -> None:
     """Leave a group. Its owner hands it over first."""
     await services.chats.leave(uow, caller.user_id, chat_id)
 
 
-@router.post("/{chat_id}/messages", summary="Send a message", status_code=201, responses=problems(401, 403, 404))
+@router.post("/{chat_id:int}/messages", summary="Send a message", status_code=201, responses=problems(401, 403, 404))
 async def send_message(services: ServicesDep, caller: CallerDep, chat_id: ChatId, body: MessageIn) -> Sent:
     """Store a message for good and tell everybody in the chat: the same as `new_message` over the socket.
 
@@ -138,13 +144,15 @@ async def send_message(services: ServicesDep, caller: CallerDep, chat_id: ChatId
     return {"message": await services.messages.send(caller.user_id, command)}
 
 
-@router.get("/{chat_id}/messages/{message_id}", summary="One message", responses=problems(401, 404))
+@router.get("/{chat_id:int}/messages/{message_id:int}", summary="One message", responses=problems(401, 404))
 async def get_message(services: ServicesDep, caller: CallerDep, chat_id: ChatId, message_id: MessageId) -> Message:
     """One message of a chat, for instance the one that another answers."""
     return await services.messages.get(caller.user_id, chat_id, message_id)
 
 
-@router.patch("/{chat_id}/messages/{message_id}", summary="Edit a message", responses=problems(401, 403, 404, 409))
+@router.patch(
+    "/{chat_id:int}/messages/{message_id:int}", summary="Edit a message", responses=problems(401, 403, 404, 409)
+)
 async def edit_message(
     services: ServicesDep, caller: CallerDep, chat_id: ChatId, message_id: MessageId, body: MessageEditIn
 ) -> Message:
@@ -156,7 +164,7 @@ async def edit_message(
 
 
 @router.delete(
-    "/{chat_id}/messages/{message_id}",
+    "/{chat_id:int}/messages/{message_id:int}",
     summary="Delete a message",
     status_code=204,
     responses=problems(401, 403, 404),
@@ -176,7 +184,7 @@ async def delete_message(
 
 
 @router.post(
-    "/{chat_id}/messages/{message_id}/read",
+    "/{chat_id:int}/messages/{message_id:int}/read",
     summary="Mark as read",
     status_code=204,
     responses=problems(401, 404),
@@ -188,7 +196,7 @@ async def mark_read(services: ServicesDep, caller: CallerDep, chat_id: ChatId, m
     )
 
 
-@router.get("/{chat_id}/messages/{message_id}/readers", summary="Who has read it", responses=problems(401, 404))
+@router.get("/{chat_id:int}/messages/{message_id:int}/readers", summary="Who has read it", responses=problems(401, 404))
 async def list_readers(services: ServicesDep, caller: CallerDep, chat_id: ChatId, message_id: MessageId) -> Readers:
     """Who has read a message, and whom it has reached."""
     return await services.messages.readers(caller.user_id, chat_id, message_id)

@@ -16,7 +16,7 @@ router = APIRouter(prefix="/messages", tags=["Messages"])
 SeqQuery = Annotated[int | None, Query(ge=0, le=MAX_ID)]
 
 
-@router.get("/history/{chat_id}", summary="History of a chat", responses=problems(401, 404))
+@router.get("/history/{chat_id:int}", summary="History of a chat", responses=problems(401, 404))
 async def history(
     services: ServicesDep,
     caller: CallerDep,
@@ -26,7 +26,7 @@ async def history(
     around: Annotated[SeqQuery, Query(description="Messages on both sides of this seq.")] = None,
     limit: Annotated[int, Query(ge=1, le=100)] = 50,
 ) -> History:
-    """A page of messages by rising `seq`: the newest ones, or those before, after or around a `seq`."""
+    """A page of messages by rising `seq`: the newest, or those before or after one, between two, or around one."""
     return await services.messages.history(
         caller.user_id, chat_id, before=before, after=after, around=around, limit=limit
     )

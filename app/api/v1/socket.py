@@ -56,8 +56,7 @@ EARLY_FRAMES_MAX = 64
     "/ws",
     summary="The socket",
     status_code=426,
-    response_class=Response,
-    responses={426: {"description": "This address speaks WebSocket."}},
+    include_in_schema=False,
 )
 async def plain_request() -> Response:
     """Open this address as a WebSocket: with `Authorization: Bearer`, a one-use `?ticket=` of

@@ -6,14 +6,17 @@ from typing import Annotated
 
 from fastapi import APIRouter, Body, Path, Query
 
-from app.api.deps import CallerDep, ClientIp, ServicesDep, UowDep
+from app.api.deps import CallerDep, ClientIp, ServicesDep, UowDep, cursor_query
 from app.api.problems import problems
 from app.db.schemas import MAX_ID, Availability, Me, Profile, ProfileIn, Username, UserPage
+from app.services.block_service import BLOCKED_CURSOR
+from app.services.user_service import SEARCH_CURSOR
 
 router = APIRouter(prefix="/users", tags=["Users"])
 
 UserId = Annotated[int, Path(ge=1, le=MAX_ID, description="Id of a person.", examples=[42])]
-Cursor = Annotated[str | None, Query(max_length=2048, description="`next` of the page before.")]
+SearchCursor = Annotated[str | None, cursor_query(*SEARCH_CURSOR)]
+BlockedCursor = Annotated[str | None, cursor_query(*BLOCKED_CURSOR)]
 PROFILE_EXAMPLES = {
     "name": {"summary": "Another name", "value": {"display_name": "John Doe"}},
     "all": {
@@ -42,10 +45,18 @@ async def update_me(
 
 @router.get("/search", summary="Find people", responses=problems(401, 422, 429, 503))
 async def search(
-    q: Annotated[str, Query(max_length=64, description="At least 3 characters.", examples=["john"])],
+    q: Annotated[
+        str,
+        Query(
+            max_length=64,
+            json_schema_extra={"minLength": 3, "pattern": r"^@?[^\s@\u0000-\u001f\u007f]{3,63}$"},
+            description="At least 3 characters.",
+            examples=["john"],
+        ),
+    ],
     services: ServicesDep,
     caller: CallerDep,
-    cursor: Cursor = None,
+    cursor: SearchCursor = None,
     limit: Annotated[int, Query(ge=1, le=20)] = 20,
 ) -> UserPage:
     """People whose username, then those whose display name begins with `q`, whatever its case.
@@ -67,14 +78,14 @@ async def username_available(
 async def list_blocked(
     services: ServicesDep,
     caller: CallerDep,
-    cursor: Cursor = None,
+    cursor: BlockedCursor = None,
     limit: Annotated[int, Query(ge=1, le=100)] = 50,
 ) -> UserPage:
     """The people one has blocked."""
     return await services.blocks.list_blocked(caller.user_id, cursor, limit)
 
 
-@router.get("/{user_id}", summary="Somebody's profile", responses=problems(401, 404, 422, 429, 503))
+@router.get("/{user_id:int}", summary="Somebody's profile", responses=problems(401, 404, 422, 429, 503))
 async def profile(user_id: UserId, services: ServicesDep, caller: CallerDep) -> Profile:
     """A person, with their presence if there is a personal chat with them and no block.
 
@@ -83,16 +94,16 @@ async def profile(user_id: UserId, services: ServicesDep, caller: CallerDep) -> 
     return await services.users.profile(caller.user_id, user_id)
 
 
-@router.post("/block/{user_id}", status_code=204, summary="Block", responses=problems(401, 404, 422, 429, 503))
+@router.post("/block/{user_id:int}", status_code=204, summary="Block", responses=problems(401, 404, 422, 429, 503))
 async def block(user_id: UserId, services: ServicesDep, caller: CallerDep, uow: UowDep) -> None:
     """Block somebody: no message, typing, presence or profile passes between the two. They are not told.
 
-    In common groups both stay and hear each other. 404 `user_not_found`, 422 `cannot_block_self`.
+    In common groups both stay and hear each other. 404 `user_not_found`, 409 `cannot_block_self`.
     """
     await services.blocks.block(uow, caller.user_id, user_id)
 
 
-@router.delete("/block/{user_id}", status_code=204, summary="Unblock", responses=problems(401, 404, 422, 429, 503))
+@router.delete("/block/{user_id:int}", status_code=204, summary="Unblock", responses=problems(401, 404, 422, 429, 503))
 async def unblock(user_id: UserId, services: ServicesDep, caller: CallerDep, uow: UowDep) -> None:
     """Unblock somebody. 404 `user_not_found`."""
     await services.blocks.unblock(uow, caller.user_id, user_id)

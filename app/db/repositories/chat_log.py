@@ -324,7 +324,8 @@ async def _update_from(
     """Update `table` from the rows of a VALUES clause; `{t}` stands for the table in `sets` and `on`."""
     if is_mysql(connection):
         assignments = ", ".join(f"t.{name} = {value}" for name, value in sets.items())
-        sql = f"UPDATE {table} t JOIN (VALUES {values}) AS v ({names}) ON {on} SET {assignments}".replace("{t}", "t")
+        sql = f"UPDATE {table} t JOIN (VALUES {values}) AS v ({names}) ON {on} SET {assignments}"  # noqa: S608
+        sql = sql.replace("{t}", "t")
     else:
         assignments = ", ".join(f"{name} = {value}" for name, value in sets.items())
         sql = f"WITH v({names}) AS (VALUES {values}) UPDATE {table} SET {assignments} FROM v WHERE {on}"  # noqa: S608

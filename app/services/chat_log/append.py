@@ -15,10 +15,10 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from app.core.clock import Clock, timestamp
 from app.core.errors import (
-    BadInput,
     Conflict,
     DialectError,
     Forbidden,
+    NotFound,
     chat_not_found,
     message_not_found,
     peer_unavailable,
@@ -270,7 +270,7 @@ class _Batch:
             try:
                 reply_to_seq = self._require_target(draft, member, change.reply_to).seq
             except DialectError:
-                raise BadInput("reply_not_found", "The message it answers is not in this chat.") from None
+                raise NotFound("reply_not_found", "The message it answers is not in this chat.") from None
         done = self._insert(
             draft,
             message_id,
