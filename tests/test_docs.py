@@ -1,0 +1,155 @@
+"""The documentation says what the code says: settings, error codes, commands and events, links."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import get_args, get_type_hints
+
+import pytest
+
+from app.api.problems import CODES
+from app.core import errors
+from app.db import events
+from scripts import settings_table
+
+ROOT = Path(__file__).resolve().parents[1]
+PROTOCOL = (ROOT / "docs/protocol.md").read_text(encoding="utf-8")
+PAGES = [
+    *(ROOT / name for name in ("README.md", "README.ru.md", "CONTRIBUTING.md", "CHANGELOG.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
+ERROR_CLASSES = {
+    name: kind
+    for name, kind in vars(errors).items()
+    if isinstance(kind, type) and issubclass(kind, errors.DialectError)
+}
+
+
+def test_settings_table_is_fresh() -> None:
+    page = settings_table.PAGE.read_text(encoding="utf-8")
+    assert page == settings_table.replace_table(page), "run: python scripts/settings_table.py --write"
+
+
+# --- error codes ---
+
+
+def _raised(tree: ast.Module) -> Iterator[tuple[str, int, bool]]:
+    """(code, status, retryable) of every error that a module makes."""
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call) or not isinstance(node.func, (ast.Name, ast.Attribute)):
+            continue
+        name = node.func.id if isinstance(node.func, ast.Name) else node.func.attr
+        literals = [argument.value for argument in node.args if isinstance(argument, ast.Constant)]
+        if name in ERROR_CLASSES and literals and isinstance(literals[0], str):
+            kind = ERROR_CLASSES[name]
+            yield literals[0], kind.status, kind.retryable
+        elif name == "problem" and len(literals) > 1:
+            status, code = literals[:2]
+            assert isinstance(status, int), ast.unparse(node)
+            assert isinstance(code, str), ast.unparse(node)
+            yield code, status, status in (429, 503)
+
+
+def _codes_in_app() -> dict[str, tuple[int, bool]]:
+    found = {code: (status, False) for status, code in CODES.items()}
+    for path in (ROOT / "app").rglob("*.py"):
+        for code, status, retryable in _raised(ast.parse(path.read_text(encoding="utf-8"))):
+            assert found.setdefault(code, (status, retryable)) == (status, retryable), f"{path}: {code}"
+    return found
+
+
+def _codes_in_protocol() -> dict[str, tuple[str, bool]]:
+    section = PROTOCOL.partition("\n## Errors\n")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| `(\w+)` \| (\w+) \| .+ \| (yes|no) \|$", section, re.MULTILINE)
+    assert [row[0] for row in rows] == sorted({row[0] for row in rows}), "sorted, each once"
+    return {code: (status, retryable == "yes") for code, status, retryable in rows}
+
+
+def test_every_error_code_is_in_the_protocol() -> None:
+    in_app = {code: (str(status), retryable) for code, (status, retryable) in _codes_in_app().items()}
+    assert len(in_app) > 40, "the search for codes finds nothing any more"
+    # `http_error` is the name of whatever status has no code of its own.
+    assert _codes_in_protocol() == {**in_app, "http_error": ("4xx", False)}
+
+
+# --- commands and events ---
+
+
+def _type(kind: type) -> str:
+    [name] = get_args(get_type_hints(kind)["type"])
+    assert isinstance(name, str)
+    return name
+
+
+def _types(union: object) -> list[str]:
+    return [_type(kind) for kind in get_args(union)]
+
+
+def test_every_command_is_in_the_protocol() -> None:
+    commands = _types(events.AnyCommand)
+    section = PROTOCOL.partition("\n### Commands\n")[2].partition("\n### ")[0]
+    assert sorted(re.findall(r"^#### (\w+)$", section, re.MULTILINE)) == sorted(commands)
+    assert sorted(re.findall(r"^\| \[`(\w+)`\]", section, re.MULTILINE)) == sorted(commands)
+
+
+def test_every_event_is_in_the_protocol() -> None:
+    section = PROTOCOL.partition("\n### Answers\n")[2].partition("\n## ")[0]
+    described = re.findall(r"^#### (\w+)(?: \(event\))?$", section, re.MULTILINE)
+    assert sorted(described) == sorted(_types(events.AnyEvent))
+
+
+def _examples(heading: str, end: str) -> list[str]:
+    section = PROTOCOL.partition(f"\n### {heading}\n")[2].partition(end)[0]
+    return re.findall(r"```json\n(.+?)```", section, re.DOTALL)
+
+
+def test_commands_in_the_protocol_are_accepted() -> None:
+    examples = _examples("Commands", "\n### ")
+    assert examples
+    for example in examples:
+        events.COMMANDS.validate_json(example)
+
+
+def test_events_in_the_protocol_have_their_fields() -> None:
+    fields = {_type(kind): set(get_type_hints(kind)) for kind in get_args(events.AnyEvent)}
+    shown = [json.loads(example) for example in _examples("Answers", "\n## ")]
+    shown = [event for event in shown if "type" in event]
+    assert len(shown) == len(fields)
+    for event in shown:
+        assert set(event) == fields[event["type"]], event["type"]
+
+
+# --- links ---
+
+
+def _anchor(heading: str) -> str:
+    """The id GitHub gives a heading."""
+    text = re.sub(r"[`*]|\[([^]]*)]\([^)]*\)", r"\1", heading.strip().lower())
+    return re.sub(r"[^\w\- ]", "", text).replace(" ", "-")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_resolve(page: Path) -> None:
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    for target in re.findall(r"]\(([^)\s]+)\)", text):
+        if re.match(r"[a-z]+:", target):
+            continue
+        name, _, anchor = target.partition("#")
+        linked = (page.parent / name).resolve() if name else page
+        assert linked.exists(), f"{page.name}: {target}"
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", linked.read_text(encoding="utf-8"), re.MULTILINE)
+            assert anchor in map(_anchor, headings), f"{page.name}: {target}"
+
+
+def test_both_readmes_show_the_same_commands() -> None:
+    def code(name: str) -> list[str]:
+        blocks = re.findall(r"```(?:bash|json)\n(.*?)```", (ROOT / name).read_text(encoding="utf-8"), re.DOTALL)
+        lines = [re.sub(r"\s+#.*", "", line) for block in blocks for line in block.splitlines()]
+        return [line for line in lines if line and not line.startswith("#")]
+
+    assert code("README.md") == code("README.ru.md")
