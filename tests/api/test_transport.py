@@ -118,7 +118,11 @@ class Server:
         self._receivers: dict[str, Recorder] = {}
         self._made = threading.Condition()
         app = Starlette(
-            routes=[WebSocketRoute("/ws", self._serve), WebSocketRoute("/plain", self._plain)],
+            routes=[
+                WebSocketRoute("/ws", self._serve),
+                WebSocketRoute("/plain", self._plain),
+                WebSocketRoute("/broken", self._broken),
+            ],
         )
         options.setdefault("ws_ping_interval", None)
         config = uvicorn.Config(
@@ -148,6 +152,13 @@ class Server:
                 self._receivers[websocket.url.query] = receiver
                 self._made.notify_all()
             return receiver
+
+        await serve_socket(websocket, make, MAX_FRAME)
+
+    async def _broken(self, websocket: WebSocket) -> None:
+        def make(transport: Transport) -> Recorder:
+            transport.send(Frames([b"hello"]))
+            raise ZeroDivisionError
 
         await serve_socket(websocket, make, MAX_FRAME)
 
@@ -481,6 +492,26 @@ async def test_a_failing_receiver_closes_its_socket(
     ]
 
 
+@pytest.mark.logs_errors
+async def test_no_receiver(server: Server) -> None:
+    client = await Client.connect(server, path="/broken")
+    await client.accepted()
+    if server.tuned:
+        assert await client.frame() == (1, b"hello")
+    assert await client.close_code() == 1011
+
+
+async def test_an_attached_connection_keeps_no_task(server: Server, clients: Clients) -> None:
+    _, receiver = await clients(server)
+    _, other = await clients(server)
+    state = server.uvicorn.server_state
+    await receiver.call(lambda: None)
+    # The route's task ended when its receiver was there, which is before the second client was let in.
+    tasks, connections = await other.call(lambda: (len(state.tasks), len(state.connections)))
+    assert connections >= 2
+    assert tasks <= 1 if server.tuned else tasks >= 2
+
+
 # --- ends -------------------------------------------------------------------------------------------------------
 
 
@@ -671,7 +702,6 @@ async def test_a_stalled_peer_does_not_hold_the_shutdown(clients: Clients, hurri
     assert [event[1] for event in receiver.events("closed")] == [1012]
 
 
-@pytest.mark.logs_errors  # by uvicorn, of the task it had to cancel
 async def test_the_graceful_timeout_cuts_what_is_left(clients: Clients) -> None:
     async with own_server(timeout_graceful_shutdown=1) as server:
         client, receiver = await clients(server)
