@@ -182,7 +182,9 @@ class UserService:
         if len(query) < MIN_QUERY:
             raise BadInput("query_too_short", f"Search for at least {MIN_QUERY} characters.", field="q")
         prefix = name_key(query)
-        place = _Place(*decode_cursor(cursor, *SEARCH_CURSOR)) if cursor else _first_place(prefix)
+        place = _Place(*decode_cursor(cursor, *SEARCH_CURSOR)) if cursor else _Place(BY_USERNAME, "", 0)
+        if place.by == BY_USERNAME and not (prefix + place.name).isascii():
+            place = _Place(BY_NAME, "", 0)  # MySQL does not even compare such text with a username
         await self.limiter.hit("limit_search_per_user", viewer_id)
         found: list[User] = []
         async with self.database.reading() as session:
@@ -210,10 +212,6 @@ class _Place(NamedTuple):
     by: str
     name: str
     user_id: int
-
-
-def _first_place(prefix: str) -> _Place:
-    return _Place(BY_USERNAME if prefix.isascii() else BY_NAME, "", 0)
 
 
 async def _candidates(session: AsyncSession, prefix: str, place: _Place) -> list[tuple[_Place, UserRow]]:
