@@ -18,7 +18,7 @@ from pydantic import SecretStr
 from app.core.config import Settings
 
 ROOT = Path(__file__).resolve().parents[2]
-PATIENCE = 20.0
+PATIENCE = 30.0
 """Seconds for what takes a moment. Only a failing test waits so long."""
 
 Door = Literal["tuned", "plain"]
