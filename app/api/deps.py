@@ -37,7 +37,7 @@ async def get_caller(services: ServicesDep, token: Annotated[str | None, Depends
     if not token:
         raise Unauthenticated
     caller = await services.auth.authenticate(token)
-    await services.rate_limiter.hit("requests_per_user", caller.user_id)
+    await services.rate_limiter.hit("limit_requests_per_user", caller.user_id)
     return caller
 
 

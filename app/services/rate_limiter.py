@@ -94,7 +94,7 @@ def _forget(keys: OrderedDict[str, deque[float]], before: float) -> None:
 
 
 class RateLimiter:
-    """Counts what callers do. A limit is called as its setting is; `limit_` may be left out."""
+    """Counts what callers do. A limit is called as its setting is."""
 
     def __init__(self, settings: Settings, clock: Clock | None = None) -> None:
         self._clock = clock or SystemClock()
@@ -102,11 +102,10 @@ class RateLimiter:
         self._rules: dict[str, RateLimitItem | None] = {}
         for name, value in settings:
             if name.startswith("limit_") and isinstance(value, str):
-                self._rules[name.removeprefix("limit_")] = _rule(name, value)
+                self._rules[name] = _rule(name, value)
 
     async def hit(self, name: str, *key: str | int) -> None:
         """Count one more. Raises TooManyRequests, and counts nothing, once the limit is reached."""
-        name = name.removeprefix("limit_")
         rule = self._rules[name]
         if rule is None:
             return
@@ -122,7 +121,6 @@ class RateLimiter:
         A limit of failures counts each try before it is made, so that tries made at once cannot slip past
         together, and a success clears it.
         """
-        name = name.removeprefix("limit_")
         rule = self._rules[name]
         if rule is not None:
             await self._limiter.clear(rule, name, *map(str, key))
