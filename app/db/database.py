@@ -13,10 +13,12 @@ import fcntl
 import logging
 import re
 import sqlite3
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any, Literal
 
+import asyncmy
 import pymysql
 from alembic import command
 from alembic.config import Config as AlembicConfig
@@ -39,6 +41,10 @@ MYSQL_SESSION = (
     "SET SESSION transaction_isolation='READ-COMMITTED', time_zone='+00:00', innodb_lock_wait_timeout=3,"
     " sql_mode='STRICT_ALL_TABLES,NO_ENGINE_SUBSTITUTION'"
 )
+INSIST_SECONDS = 0.5
+"""How long after a deadline its cancellation is repeated."""
+SQLITE_LOCK_SLICE_SECONDS = 0.25
+"""SQLite waits for a lock in a thread that cannot be interrupted, so never for longer than this at a time."""
 LOCK_ERRORS = frozenset({1205, 1213, 3572})
 """MySQL: lock wait timeout, deadlock, NOWAIT refused. The transaction may simply be tried again."""
 
@@ -75,6 +81,17 @@ def violated_constraint(error: IntegrityError) -> str:
     return ""
 
 
+@contextlib.asynccontextmanager
+async def deadline(seconds: float) -> AsyncIterator[None]:
+    """`asyncio.timeout` that insists: raises TimeoutError even when its first cancellation got lost.
+
+    The pool and the driver wait by `asyncio.wait_for`, which in Python 3.11 swallows a cancellation that meets a
+    result; and when many give up at once, each frees what the next is waiting for. The wait after that has no end.
+    """
+    async with asyncio.timeout(seconds + INSIST_SECONDS), asyncio.timeout(seconds):
+        yield
+
+
 class Database:
     """The server's connections. `start` before use, `close` after."""
 
@@ -84,7 +101,11 @@ class Database:
         self._lock_file: Any = None
         url = database_url(settings, driver="async")
         if self.is_mysql:
-            connect = {"connect_timeout": settings.db_timeout_seconds, "init_command": MYSQL_SESSION}
+            connect = {
+                "connect_timeout": settings.db_timeout_seconds,
+                "init_command": MYSQL_SESSION,
+                "async_creator_fn": _connect_mysql,
+            }
             pool = {"pool_timeout": settings.db_timeout_seconds, "max_overflow": 0, "pool_recycle": 1800}
             self.read_engine = create_async_engine(
                 url,
@@ -112,11 +133,15 @@ class Database:
                 url, pool_size=4, max_overflow=0, pool_timeout=timeout, connect_args={"timeout": timeout}
             )
             self.write_engine = create_async_engine(
-                url, pool_size=1, max_overflow=0, pool_timeout=timeout, connect_args={"timeout": timeout}
+                url,
+                pool_size=1,
+                max_overflow=0,
+                pool_timeout=timeout,
+                connect_args={"timeout": SQLITE_LOCK_SLICE_SECONDS},
             )
             self.log_engine = self.write_engine
-            _prepare_sqlite(self.read_engine, begin="BEGIN", read_only=True)
-            _prepare_sqlite(self.write_engine, begin="BEGIN IMMEDIATE", read_only=False)
+            _prepare_sqlite(self.read_engine, begin="BEGIN", read_only=True, patience=timeout)
+            _prepare_sqlite(self.write_engine, begin="BEGIN IMMEDIATE", read_only=False, patience=timeout)
 
     async def start(self) -> None:
         """Take the database into use.
@@ -164,9 +189,8 @@ class Database:
     @contextlib.asynccontextmanager
     async def _guarded(self, engine: AsyncEngine) -> AsyncIterator[AsyncSession]:
         try:
-            # Twice the database's own patience: a session makes several round trips.
             async with (
-                asyncio.timeout(self.settings.db_timeout_seconds),
+                deadline(self.settings.db_timeout_seconds),
                 AsyncSession(engine, expire_on_commit=False, autoflush=False) as session,
             ):
                 yield session
@@ -228,7 +252,16 @@ def describe(error: BaseException) -> str:
     return f"{type(cause).__name__}: {cause}".splitlines()[0][:300]
 
 
-def _prepare_sqlite(engine: AsyncEngine, *, begin: str, read_only: bool) -> None:
+async def _connect_mysql(**arguments: Any) -> Any:
+    """A connection of the driver. Raises ConnectionError where asyncmy gives a reset a name of its own."""
+    try:
+        return await asyncmy.connect(**arguments)
+    except RuntimeError as error:
+        # "Transport does not expose socket instance": the server hung up before the driver could look at it.
+        raise ConnectionResetError(str(error)) from error
+
+
+def _prepare_sqlite(engine: AsyncEngine, *, begin: str, read_only: bool, patience: float) -> None:
     def on_connect(connection: Any, _record: object) -> None:
         connection.isolation_level = None  # transactions begin where `begin` below says, not where the driver guesses
         cursor = connection.cursor()
@@ -240,7 +273,18 @@ def _prepare_sqlite(engine: AsyncEngine, *, begin: str, read_only: bool) -> None
         cursor.close()
 
     def on_begin(connection: Connection) -> None:
-        connection.exec_driver_sql(begin)
+        give_up_at = time.monotonic() + patience
+        while time.monotonic() < give_up_at:
+            cursor = connection.connection.cursor()
+            try:
+                cursor.execute(begin)
+                return
+            except sqlite3.OperationalError as error:
+                if "locked" not in str(error):
+                    break
+            finally:
+                cursor.close()
+        connection.exec_driver_sql(begin)  # as SQLAlchemy's own, so that its error is
 
     event.listen(engine.sync_engine, "connect", on_connect)
     event.listen(engine.sync_engine, "begin", on_begin)

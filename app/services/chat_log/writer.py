@@ -21,7 +21,7 @@ from app.core.clock import Clock
 from app.core.config import Settings
 from app.core.errors import DialectError, Unavailable, chat_not_found
 from app.core.ids import IdAllocator
-from app.db.database import Database, describe, is_transient
+from app.db.database import Database, deadline, describe, is_transient
 from app.db.repositories import chat_log as repository
 from app.services.chat_log.append import Appender
 from app.services.chat_log.changes import Appended, Change, Deferred, Done, SendMessage
@@ -183,7 +183,7 @@ class Writer:
         sends = sum(isinstance(change, SendMessage) for change in changes)
         ids = await self._ids.reserve("message", sends) if sends else ()
         async with (
-            asyncio.timeout(self._settings.db_timeout_seconds),
+            deadline(self._settings.db_timeout_seconds),
             self._database.log_engine.begin() as connection,
         ):
             return await self._appender.append(connection, changes, ids, skip_locked=True)

@@ -1,0 +1,1 @@
+"""What goes wrong in earnest: killed servers, readers that stall, databases that vanish."""
