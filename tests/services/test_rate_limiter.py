@@ -16,38 +16,38 @@ async def test_the_window_moves_and_says_how_long_to_wait() -> None:
     clock = ManualClock()
     limiter = RateLimiter(make_settings(limit_search_per_user="3/minute"), clock)
     for _ in range(3):
-        await limiter.hit("search_per_user", 1)
+        await limiter.hit("limit_search_per_user", 1)
         clock.advance(10)
     for seconds in (30.0, 20.0):
         with pytest.raises(TooManyRequests) as caught:
             await limiter.hit("limit_search_per_user", 1)
         assert (caught.value.code, caught.value.retry_after) == ("rate_limited", seconds)
         clock.advance(10)
-    await limiter.hit("search_per_user", 2)
+    await limiter.hit("limit_search_per_user", 2)
     clock.advance(10.1)
-    await limiter.hit("search_per_user", 1)
+    await limiter.hit("limit_search_per_user", 1)
 
 
 async def test_of_many_at_once_only_as_many_pass_as_are_left() -> None:
     limiter = RateLimiter(make_settings(limit_search_per_user="7/minute"), ManualClock())
-    answers = await asyncio.gather(*(limiter.hit("search_per_user", 1) for _ in range(50)), return_exceptions=True)
+    answers = await asyncio.gather(*(limiter.hit("limit_search_per_user", 1) for _ in range(50)), return_exceptions=True)
     assert sum(answer is None for answer in answers) == 7
 
 
 async def test_what_was_counted_can_be_forgotten() -> None:
     limiter = RateLimiter(make_settings(limit_search_per_user="1/day"), ManualClock())
     for _ in range(3):
-        await limiter.hit("search_per_user", "a", "b")
-        await limiter.clear("search_per_user", "a", "b")
-    await limiter.hit("search_per_user", "a")
+        await limiter.hit("limit_search_per_user", "a", "b")
+        await limiter.clear("limit_search_per_user", "a", "b")
+    await limiter.hit("limit_search_per_user", "a")
 
 
 @pytest.mark.parametrize("rule", ["", " ", "0/minute"])
 async def test_a_limit_can_be_switched_off(rule: str) -> None:
     limiter = RateLimiter(make_settings(limit_search_per_user=rule), ManualClock())
     for _ in range(1000):
-        await limiter.hit("search_per_user", 1)
-    await limiter.clear("search_per_user", 1)
+        await limiter.hit("limit_search_per_user", 1)
+    await limiter.clear("limit_search_per_user", 1)
 
 
 def test_a_rule_nobody_understands_stops_the_start() -> None:
