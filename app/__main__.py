@@ -71,7 +71,7 @@ def serve(settings: Settings, host: str, port: int) -> None:
         ws_per_message_deflate=False,  # memory per socket, and bombs, for messages too short to shrink
         ws_ping_interval=settings.socket_heartbeat_seconds,
         ws_ping_timeout=settings.socket_timeout_seconds,
-        timeout_graceful_shutdown=max(1, round(settings.shutdown_seconds)),
+        timeout_graceful_shutdown=max(1, round(settings.shutdown_seconds / 4)),
         proxy_headers=True,
         forwarded_allow_ips=settings.forwarded_allow_ips,
         backlog=2048,

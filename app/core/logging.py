@@ -149,6 +149,8 @@ class _UvicornFilter(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         message = record.getMessage()
+        if message == "ASGI callable returned without completing handshake.":
+            return False  # what uvicorn 0.54 thinks of every handshake that was refused with an answer
         if message.startswith("Invalid UTF-8 sequence"):
             record.exc_info = None
             record.levelno, record.levelname = logging.INFO, "INFO"

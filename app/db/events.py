@@ -1,8 +1,7 @@
 """The socket's vocabulary: commands that clients send, events that the server sends.
 
 Commands are pydantic models, exact and closed, told apart by `type`. Events are TypedDicts: the server builds them
-as plain dicts and serialises each once for all who get it. Docstrings here are the public documentation:
-`docs/asyncapi.yaml` and the webhooks of OpenAPI are generated from them.
+as plain dicts and serialises each once for all who get it. docs/protocol.md shows each with an example.
 """
 
 from __future__ import annotations

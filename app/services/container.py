@@ -71,8 +71,11 @@ class Services:
         self.writer.start()
 
     async def drain(self) -> None:
-        """Before a stop: answer what was taken, close every socket with 1012. Bounded by `shutdown_seconds`."""
-        await self.connections.drain(self.writer.drained, self.settings.shutdown_seconds)
+        """Before a stop: answer what was taken, close every socket with 1012.
+
+        Takes at most 3/4 of `shutdown_seconds`; the rest is the web server's, for requests still under way.
+        """
+        await self.connections.drain(self.writer.drained, self.settings.shutdown_seconds * 3 / 4)
 
     async def stop(self) -> None:
         """Finish what was begun and give everything back; also after a start that failed half-way."""
