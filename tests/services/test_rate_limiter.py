@@ -30,7 +30,9 @@ async def test_the_window_moves_and_says_how_long_to_wait() -> None:
 
 async def test_of_many_at_once_only_as_many_pass_as_are_left() -> None:
     limiter = RateLimiter(make_settings(limit_search_per_user="7/minute"), ManualClock())
-    answers = await asyncio.gather(*(limiter.hit("limit_search_per_user", 1) for _ in range(50)), return_exceptions=True)
+    answers = await asyncio.gather(
+        *(limiter.hit("limit_search_per_user", 1) for _ in range(50)), return_exceptions=True
+    )
     assert sum(answer is None for answer in answers) == 7
 
 
