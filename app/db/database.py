@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import logging
 import re
 import sqlite3
+import sys
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 import asyncmy
 import pymysql
@@ -214,7 +214,7 @@ class Database:
         try:
             # Held for the life of the process and freed by the kernel, even after kill -9.
             self._lock_file = open(f"{path}.lock", "w")  # noqa: SIM115 - outlives this block
-            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock_now(self._lock_file)
         except BlockingIOError as error:
             raise StartupError(
                 f"Another server is using {path}. SQLite serves one process: stop the other one, "
@@ -222,6 +222,21 @@ class Database:
             ) from error
         except OSError as error:
             raise StartupError(f"{path} cannot be written ({error.strerror}).") from error
+
+
+def _lock_now(file: IO[str]) -> None:
+    """Lock a whole file or raise BlockingIOError."""
+    if sys.platform == "win32":
+        import msvcrt
+
+        try:
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        except PermissionError as error:
+            raise BlockingIOError(*error.args) from error
+    else:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def is_transient(error: DBAPIError) -> bool:

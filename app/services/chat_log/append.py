@@ -44,7 +44,7 @@ from app.services.chat_log.changes import (
     SendService,
 )
 from app.services.chat_log.roster import Roster, RosterCache, RosterMember, load_rosters
-from app.services.chat_log.views import member_view, message_view, uuid_text
+from app.services.chat_log.views import info_view, member_view, message_view, uuid_text
 
 
 class Appender:
@@ -553,12 +553,7 @@ class _Batch:
                 "chat_id": row.id,
                 "version": draft.updated.version,
                 "prev": prev,
-                "info": {
-                    "title": title,
-                    "description": description,
-                    "history_visible": visible,
-                    "member_count": draft.updated.member_count,
-                },
+                "info": info_view(draft.row, draft.updated.member_count),
             }
         )
         return Done()

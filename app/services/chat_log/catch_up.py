@@ -24,7 +24,7 @@ from app.db.repositories import users as users_repository
 from app.db.repositories.chat_log import MessageRow
 from app.db.repositories.chats import ChatCursor
 from app.db.schemas import Message, ResumeIn
-from app.services.chat_log.views import chat_view, member_view, message_view
+from app.services.chat_log.views import chat_view, info_view, member_view, message_view
 from app.services.connection_manager import ConnectionManager, OnlineUser
 from app.services.user_service import user_view
 
@@ -137,14 +137,7 @@ class CatchUpService:
                 "version": upto,
                 "messages": messages,
                 "members": [member_view(row) for row in members],
-                "info": {
-                    "title": info.title,
-                    "description": info.description,
-                    "history_visible": info.history_visible,
-                    "member_count": info.member_count,
-                }
-                if info.info_version > after or members
-                else None,
+                "info": info_view(info, info.member_count) if info.info_version > after or members else None,
             }
             after = upto
 
@@ -195,8 +188,13 @@ class CatchUpService:
             account_events: list[CatchUpEvent] = []
             if state.account_version != account_version or not same_epoch:
                 after = state.account_version if same_epoch and state.account_version < account_version else 0
+                # Whoever holds chats, from whatever time, must hear of every mark and hidden message in them.
+                holds_chats = same_epoch and bool(known)
                 account_events = [
-                    event async for event in self._account_events(session, user_id, after, account_version)
+                    event
+                    async for event in self._account_events(
+                        session, user_id, after, account_version, holds_chats=holds_chats
+                    )
                 ]
         for event in account_events:
             yield event
@@ -219,10 +217,10 @@ class CatchUpService:
         }
 
     async def _account_events(
-        self, session: AsyncSession, user_id: int, after: int, account_version: int
+        self, session: AsyncSession, user_id: int, after: int, account_version: int, *, holds_chats: bool
     ) -> AsyncIterator[CatchUpEvent]:
-        """What only this user sees and that changed after an account version. Chats that were joined come as
-        `reset`, so a client that starts from nothing needs only its blocks."""
+        """What only this user sees and that changed after an account version. A client without chats gets them all
+        as `reset`, which tells the rest; it needs only its blocks."""
         for pair in await accounts_repository.list_changed_blocks(session, user_id, after=after):
             yield {
                 "type": "block_changed",
@@ -230,7 +228,7 @@ class CatchUpService:
                 "user_id": pair.user_id,
                 "blocked": pair.blocked,
             }
-        if after:
+        if holds_chats:
             for mark in await accounts_repository.list_changed_marks(session, user_id, after=after):
                 if mark.left:
                     yield {

@@ -18,7 +18,7 @@ from app.db.events import ChatChangesEvent, ChatEvent
 from app.db.repositories import chat_log as repository
 from app.services.chat_log.changes import Announcement, Appended
 from app.services.chat_log.roster import Roster, RosterCache, load_rosters
-from app.services.chat_log.views import member_view, message_view
+from app.services.chat_log.views import info_view, member_view, message_view
 from app.services.connection_manager import Channel, ConnectionManager
 from app.services.transport import Frames
 
@@ -173,14 +173,7 @@ class Sequencer:
             "prev": prev,
             "messages": [message_view(row) for row in messages],
             "members": [member_view(row) for row in members],
-            "info": {
-                "title": chat.title,
-                "description": chat.description,
-                "history_visible": chat.history_visible,
-                "member_count": chat.member_count,
-            }
-            if changed_info
-            else None,
+            "info": info_view(chat, chat.member_count) if changed_info else None,
         }
         self._follow_members(roster, channel)
         seqs = [min((row.seq for row in messages), default=0)]

@@ -6,7 +6,8 @@ import json
 from typing import cast
 
 from app.core.clock import timestamp
-from app.db.repositories.chat_log import MemberRow, MessageRow
+from app.db.events import ChatInfo
+from app.db.repositories.chat_log import ChatRow, MemberRow, MessageRow
 from app.db.repositories.chats import ChatListRow
 from app.db.schemas import Chat, ChatType, Member, Message, MessageType, Role, Service
 
@@ -49,6 +50,16 @@ def member_view(row: MemberRow) -> Member:
         "read_seq": row.public_read_seq,
         "delivered_seq": row.public_delivered_seq,
         "version": row.version,
+    }
+
+
+def info_view(row: ChatRow, member_count: int) -> ChatInfo:
+    """What a group shows of itself."""
+    return {
+        "title": row.title,
+        "description": row.description,
+        "history_visible": bool(row.history_visible),  # databases keep it as an integer
+        "member_count": member_count,
     }
 
 

@@ -9,6 +9,7 @@ that one poisoned change fails alone.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -27,6 +28,9 @@ from app.services.chat_log.append import Appender
 from app.services.chat_log.changes import Appended, Change, Deferred, Done, SendMessage
 
 log = logging.getLogger(__name__)
+
+STOP_SECONDS = 1.0
+"""What a drain has not got done, a database that is away will not do in longer either."""
 
 OnDone = Callable[[Done | DialectError], None]
 
@@ -82,9 +86,12 @@ class Writer:
         ]
 
     async def stop(self) -> None:
-        """Refuse new changes, finish those waiting, end."""
+        """Refuse new changes, finish those waiting for at most `STOP_SECONDS`, end."""
         self._stopping = True
-        await self.drained()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self.drained(), STOP_SECONDS)
+        for pending in (*self._batch, *self._queue):
+            pending.settle(_shutting_down())
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -105,7 +112,7 @@ class Writer:
         Raises Unavailable (`overloaded`) when too many wait, or when the server is stopping.
         """
         if self._stopping:
-            raise Unavailable("shutting_down", "The server is restarting; try again.", retry_after=2)
+            raise _shutting_down()
         if len(self._queue) >= self._settings.writer_queue_max:
             raise Unavailable("overloaded", "Too much is waiting to be written; try again.", retry_after=2)
         deadline = self._clock.monotonic() + self._settings.write_timeout_seconds
@@ -228,3 +235,7 @@ class Writer:
                 pending.settle(chat_not_found())
         if len(deferred) == len(batch):
             await asyncio.sleep(0.005)  # nothing but locked chats: let their holder finish
+
+
+def _shutting_down() -> Unavailable:
+    return Unavailable("shutting_down", "The server is restarting; try again.", retry_after=2)
