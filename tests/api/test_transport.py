@@ -472,9 +472,11 @@ async def test_a_refusal_reaches_a_client_that_is_still_sending(server: Server, 
         pytest.skip("plain uvicorn resets, and the reset may overtake the close frame")
     client, receiver = await clients(server)
     await client.send(b"\x81\xff" + (1 << 20).to_bytes(8) + b"mask")
-    with contextlib.suppress(ConnectionError):
-        await client.send_raw(bytes(1 << 20))
-    assert await client.close_code() == 1009
+    await client.send_raw(bytes(1 << 20))  # is read and thrown away
+    assert (await client.frame())[1][:2] == (1009).to_bytes(2)
+    with pytest.raises(EOFError):
+        await client.frame()
+    client.sock.close()
     assert await receiver.closed_once() == 1009
 
 
@@ -773,6 +775,9 @@ def test_close_reasons_fit() -> None:
     assert frame_close(1000) == b"\x88\x02\x03\xe8"
 
 
+NO_PINGS = uvicorn.Config(lambda: None, ws_ping_interval=None, log_config=None)
+
+
 class FakeTransport(asyncio.Transport):
     """Takes all and reads as it is told."""
 
@@ -800,6 +805,21 @@ class FakeTransport(asyncio.Transport):
     def abort(self) -> None: ...
 
 
+async def test_one_client_does_not_take_all_the_time() -> None:
+    raw = RawSocket(FakeTransport(), asyncio.get_running_loop(), set(), NO_PINGS, MAX_FRAME)
+    receiver = Recorder(raw)
+    raw.start(receiver, b"")
+    turn = websocket_protocol.MESSAGES_PER_TURN
+    raw.data_received(frame(1, b"x") * (2 * turn))
+    assert len(receiver.texts) == turn
+    raw.data_received(frame(1, b"y"))
+    assert len(receiver.texts) == turn
+    await asyncio.sleep(0)
+    assert len(receiver.texts) == 2 * turn
+    await asyncio.sleep(0)
+    assert receiver.texts == [b"x"] * 2 * turn + [b"y"]
+
+
 MESSAGES = st.lists(
     st.one_of(
         st.tuples(st.just(1), st.text(max_size=200).map(str.encode), st.integers(1, 40)),
@@ -808,9 +828,6 @@ MESSAGES = st.lists(
     ),
     max_size=12,
 )
-
-
-NO_PINGS = uvicorn.Config(lambda: None, ws_ping_interval=None, log_config=None)
 
 
 @settings(deadline=None)
