@@ -68,6 +68,7 @@ class Connection:
         "_drained",
         "_flush_check",
         "_held",
+        "_held_account",
         "_hold_all",
         "_manager",
         "_released",
@@ -76,6 +77,7 @@ class Connection:
         "closing",
         "expires_at",
         "next_heartbeat",
+        "ready",
         "session_id",
         "token_warned",
         "transport",
@@ -97,6 +99,8 @@ class Connection:
         self.session_id = session_id
         self.expires_at = expires_at
         self.closing = False
+        self.ready = False
+        """Whether it was said hello to. What happened before is in what it will resume."""
         self.watching: frozenset[int] = frozenset()
         self.next_heartbeat = 0.0
         self.token_warned = False
@@ -105,6 +109,8 @@ class Connection:
         """While a resume is under way: the chats it is done with."""
         self._held: dict[int, list[tuple[int, Frames]] | None] = {}
         """Chats that are catching up, with the live events waiting behind; None once those grew too many."""
+        self._held_account: list[tuple[int, Frames]] = []
+        """Events of the account that wait behind what is being caught up."""
         self._requests: list[_CatchUpRequest | _ResumeRequest] = []
         self._task: asyncio.Task[None] | None = None
         self._drained: asyncio.Event | None = None
@@ -126,7 +132,7 @@ class Connection:
 
     def send(self, frames: Frames) -> None:
         """Append frames; closes the connection when its peer has left too much unread."""
-        if self.closing:
+        if self.closing or not self.ready:
             return
         self.transport.send(frames)
         if self.transport.unsent_bytes > self._manager.max_unsent_bytes and not self._flush_check:
@@ -136,7 +142,7 @@ class Connection:
 
     def send_droppable(self, frames: Frames) -> None:
         """Send what may be lost: nothing when the peer is behind."""
-        if not self.closing and self.transport.unsent_bytes < self._manager.max_unsent_bytes // 8:
+        if self.ready and not self.closing and self.transport.unsent_bytes < self._manager.max_unsent_bytes // 8:
             self.transport.send(frames)
 
     def _close_if_slow(self) -> None:
@@ -164,6 +170,22 @@ class Connection:
         else:
             self.send(frames)
 
+    def deliver_account(self, version: int, frames: Frames) -> None:
+        """Send an event of the account's log, or hold it while something catches up: what was read before it
+        must not arrive after it, or a chat that was just left would come back."""
+        if self._task is None:
+            self.send(frames)
+            return
+        self._held_account.append((version, frames))
+        if len(self._held_account) > HELD_FRAMES_MAX:
+            self.close(CloseCode.RESTART, "too much happened while catching up")
+
+    def _release_account(self, known: int) -> None:
+        held, self._held_account = self._held_account, []
+        for version, frames in held:
+            if version > known:
+                self.send(frames)
+
     def _release(self, chat_id: int, version: int) -> None:
         """Let a chat's live events go on after `version`; catch up once more if too many had to be held."""
         if self._requested(chat_id):
@@ -185,7 +207,8 @@ class Connection:
 
     def catch_up(self, chat_id: int, since: int | None) -> None:
         """Bring this connection up to date with a chat; `since` None starts it afresh."""
-        self._held.setdefault(chat_id, [])
+        if self.ready:
+            self._held.setdefault(chat_id, [])
         self._request(_CatchUpRequest(chat_id, since))
 
     def resume(self, state: ResumeIn, ref: str | None) -> None:
@@ -199,7 +222,7 @@ class Connection:
         self._request(_ResumeRequest(state, ref))
 
     def _request(self, request: _CatchUpRequest | _ResumeRequest) -> None:
-        if self.closing:
+        if self.closing or not self.ready:
             return
         self._requests.append(request)
         if self._task is None:
@@ -210,25 +233,27 @@ class Connection:
             while self._requests and not self.closing:
                 request = self._requests.pop(0)
                 if isinstance(request, _ResumeRequest):
-                    await self._stream(self._manager.resume_events(self.user, request.state, request.ref))
+                    known = await self._stream(self._manager.resume_events(self.user, request.state, request.ref))
                     self._hold_all = False
                     self._released.clear()
                     # What is still held belongs to chats with a request of their own, or to nobody's.
                     for chat_id in [chat_id for chat_id in self._held if not self._requested(chat_id)]:
                         del self._held[chat_id]
                 else:
-                    await self._stream(self._manager.chat_events(self.user_id, request.chat_id, request.since))
+                    known = await self._stream(self._manager.chat_events(self.user_id, request.chat_id, request.since))
                     # A chat that turned out not to be the user's has no `synced`; nothing of it may follow.
                     if not self._requested(request.chat_id) and not self._hold_all:
                         self._held.pop(request.chat_id, None)
+                self._release_account(known)
         except Unavailable as error:
             log.info("catch_up_failed", extra={"user_id": self.user_id, "code": error.code})
             self.close(CloseCode.RESTART, "catching up failed")  # the client comes back and resumes
         finally:
             self._task = None
 
-    async def _stream(self, events: AsyncIterator[CatchUpEvent]) -> None:
-        """Send catch-up events no faster than the peer reads them."""
+    async def _stream(self, events: AsyncIterator[CatchUpEvent]) -> int:
+        """Send catch-up events no faster than the peer reads them; the account version they bring, or 0."""
+        account_version = 0
         payloads: list[Frames] = []
         size = 0
         synced: list[tuple[int, int]] = []
@@ -246,15 +271,18 @@ class Connection:
 
         async for event in events:
             if self.closing:
-                return
+                return 0
             frames = Frames.of(event)
             payloads.append(frames)
             size += frames.size
             if event["type"] == "synced":
                 synced.append((event["chat_id"], event["version"]))
+            elif event["type"] == "resumed":
+                account_version = event["account_version"]
             if size > CATCH_UP_FLUSH_BYTES:
                 await flush()
         await flush()
+        return account_version
 
     async def _wait_drained(self) -> None:
         if self._drained is None:
@@ -519,7 +547,7 @@ class ConnectionManager:
             user.account_version = max(user.account_version, version)
         frames = Frames.of(event)
         for connection in user.connections:
-            connection.send(frames)
+            connection.deliver_account(version if isinstance(version, int) else 0, frames)
 
     def close_session(self, session_id: int) -> None:
         """A session ended: its sockets end with it."""

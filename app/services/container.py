@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -9,6 +10,7 @@ from typing import Literal
 from app.core.bloom_filter import UsernameFilter
 from app.core.clock import Clock, SystemClock
 from app.core.config import Settings
+from app.core.errors import Unavailable
 from app.core.ids import IdAllocator, Kind
 from app.core.security import PasswordHasher
 from app.db.database import Database
@@ -31,7 +33,7 @@ from app.services.typing_service import TypingService
 from app.services.unit_of_work import UnitOfWorkFactory
 from app.services.user_service import UserService
 
-WARMING_PAGE = 10_000
+WARMING_PAGE = 1_000
 
 
 @dataclass
@@ -65,8 +67,9 @@ class Services:
         await self.database.start()
         async with self.database.reading() as session:
             self.catch_up.epoch = await account_repository.epoch(session)
-        await self._warm_usernames()
         self.connections.start()
+        # Beside serving: a million names take a while, and until the filter is warm the database is asked.
+        self.connections.spawn(self._warm_usernames(), "warm-usernames")
         self.sequencer.start()
         self.writer.start()
 
@@ -93,8 +96,12 @@ class Services:
         # In pages, each a session of its own: millions of names at once would outlast the session's deadline.
         after = 0
         while True:
-            async with self.database.reading() as session:
-                page = await user_repository.list_usernames(session, after_id=after, limit=WARMING_PAGE)
+            try:
+                async with self.database.reading() as session:
+                    page = await user_repository.list_usernames(session, after_id=after, limit=WARMING_PAGE)
+            except Unavailable:
+                await asyncio.sleep(1)
+                continue
             if not page:
                 break
             self.usernames.update(username for _, username in page)

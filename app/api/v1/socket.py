@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Coroutine
 from typing import Annotated, Any
@@ -98,8 +99,9 @@ def _check_origin(websocket: WebSocket, services: Services) -> None:
     origin = websocket.headers.get("origin")
     if origin is None or origin in services.settings.allowed_origins:
         return
-    if origin != "null" and urlsplit(origin).netloc == websocket.headers.get("host"):
-        return
+    with contextlib.suppress(ValueError):  # what is no address at all
+        if origin != "null" and urlsplit(origin).netloc == websocket.headers.get("host"):
+            return
     raise Forbidden("origin_not_allowed", "This origin may not open sockets; see ALLOWED_ORIGINS.")
 
 
@@ -143,9 +145,14 @@ class SocketReceiver(Receiver):
         connection = self._connection
         try:
             await self._connections.load_chats(connection.user)
+            # A session that ended after the door was passed and before the socket was known would stay open.
+            if not await self._services.auth.is_alive(self._caller):
+                connection.close(CloseCode.UNAUTHENTICATED, "session ended")
+                return
         except Unavailable:
             connection.close(CloseCode.RESTART, "the database does not answer")
             return
+        connection.ready = True
         connection.send_event(
             {
                 "type": "hello",
@@ -197,7 +204,8 @@ class SocketReceiver(Receiver):
         self._connection.on_drained()
 
     def on_shutdown(self) -> None:
-        self._connections.draining = True
+        # The drain is over by now: this one came in too late for it.
+        self._connection.close(CloseCode.RESTART, "server restarts")
 
     def on_closed(self, code: int) -> None:
         self._services.presence.forget(self._connection)
@@ -343,8 +351,9 @@ def _bad_frame(error: ValidationError) -> BadInput:
         case "union_tag_invalid" | "union_tag_not_found":
             return BadInput("unknown_type", "The frame's `type` is missing or not a command.")
         case _:
-            # The first part of the location is the command itself; unknown keys are the client's own words.
-            place = ".".join(str(part) for part in first["loc"][1:]) if first["type"] != "extra_forbidden" else ""
+            # The first part of the location is the command itself, the second its field; what is deeper, and the
+            # name of an unknown field, are the client's own words.
+            place = ".".join(map(str, first["loc"][1:2])) if first["type"] != "extra_forbidden" else ""
             return BadInput("invalid_frame", f"{place}: {first['msg']}" if place else first["msg"])
 
 
