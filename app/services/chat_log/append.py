@@ -435,7 +435,8 @@ class _Batch:
         if self._receipts_are_public(draft.roster):
             prev = draft.updated.version
             mark.version = draft.next_version()
-            mark.public_delivered_seq = mark.delivered_seq
+            # No more than the event tells: what was received while marks were private stays so.
+            mark.public_delivered_seq = max(mark.public_delivered_seq, seq)
             if change.kind == "read":
                 mark.public_read_seq = seq
                 draft.add_event(

@@ -14,7 +14,6 @@ from collections.abc import AsyncIterator, Sequence
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.core.config import Settings
-from app.core.errors import Unavailable
 from app.db.database import Database
 from app.db.events import CatchUpEvent, ResetEvent
 from app.db.repositories import accounts as accounts_repository
@@ -74,19 +73,24 @@ class CatchUpService:
                 reset = await self._reset(session, user_id, cursor)
         if reset is not None:
             yield reset
-        elif since is not None:
+        elif since is None or afresh:
+            async for event in self.chat(user_id, chat_id, None):
+                yield event
+            return
+        else:
             async for event in self._changes(user_id, cursor, since):
                 yield event
                 if event["type"] == "chat_removed":
                     return
         yield {"type": "synced", "chat_id": chat_id, "version": cursor.version}
 
-    async def _reset(self, session: AsyncSession, user_id: int, cursor: ChatCursor) -> ResetEvent:
+    async def _reset(self, session: AsyncSession, user_id: int, cursor: ChatCursor) -> ResetEvent | None:
+        """The chat from its newest page; None when the caller left it meanwhile, if only for a moment."""
         # The cursor was read first: rows read now may be newer than its version, never older.
         chat_id = cursor.chat_id
         rows = await chats_repository.list_chats(session, user_id, chat_ids=[chat_id], limit=1)
         if not rows:
-            raise Unavailable("busy", "The chat changed while it was read; try again.")
+            return None
         chat = chat_view(rows[0])
         chat["version"] = cursor.version
         newest = await chats_repository.list_messages(
@@ -101,6 +105,10 @@ class CatchUpService:
         messages = await visible_messages(session, user_id, chat_id, newest)
         people = {row.user_id for row in members} | {message["sender_id"] for message in messages}
         users = await users_repository.list_users(session, sorted(people))
+        # Asked again, now that all is read: nothing said after somebody was removed may reach them.
+        still = await chats_repository.find_cursor(session, chat_id, user_id)
+        if still is None or still.joined_version != cursor.joined_version:
+            return None
         return {
             "type": "reset",
             "chat_id": chat_id,
@@ -130,6 +138,11 @@ class CatchUpService:
                 members = await repository.list_changed_members(session, chat_id, after=after, limit=PAGE_MEMBERS * 10)
                 messages = await visible_messages(session, user_id, chat_id, rows)
                 [info] = await repository.find_chats(session, [chat_id])
+                # Asked last, when all is read: nothing said after somebody was removed may reach them.
+                member = await chats_repository.find_membership(session, chat_id, user_id)
+            if member is None or member.joined_version > since:
+                yield {"type": "chat_removed", "account_version": None, "chat_id": chat_id}
+                return
             yield {
                 "type": "chat_changes",
                 "chat_id": chat_id,

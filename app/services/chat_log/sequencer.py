@@ -146,13 +146,14 @@ class Sequencer:
             if not rows:
                 return
             [chat] = rows
-            [roster] = await load_rosters(session, rows)
             if chat.version <= prev:
                 return
             messages = await repository.list_changed_messages(
                 session, chat_id, after=prev, visible_from=1, limit=HEAL_ROWS + 1
             )
             members = await repository.list_changed_members(session, chat_id, after=prev, limit=HEAL_ROWS + 1)
+            # Last: nothing said after somebody was removed may reach them.
+            [roster] = await load_rosters(session, rows)
         if channel.version != prev:
             return  # the announcement came while we were reading
         self._rosters.put(roster)
