@@ -183,6 +183,10 @@ def _allowed_methods(request: Request) -> list[str]:
     """All methods of a path; Starlette names those of the first route with this path only."""
     allowed: set[str] = set()
     for template, operations in request.app.openapi()["paths"].items():
+        for operation in operations.values():
+            for parameter in operation.get("parameters", ()):
+                if parameter["in"] == "path" and parameter["schema"].get("type") == "integer":
+                    template = template.replace(f"{{{parameter['name']}}}", f"{{{parameter['name']}:int}}")
         if compile_path(template)[0].match(request.url.path):
             allowed.update(method.upper() for method in operations)
     return sorted(allowed)

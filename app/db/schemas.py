@@ -71,6 +71,10 @@ _NO_LINE = rf"{_CONTROLS}\t\n\r{_INVISIBLE}"
 LINE = rf"^[^{_NO_LINE}]*$"
 FILLED_LINE = rf"^[^{_NO_LINE}]*[^{_NO_LINE}\s][^{_NO_LINE}]*$"
 LINES = rf"^[^{_CONTROLS}{_INVISIBLE}]*$"
+SEARCHABLE = (
+    rf"^[^{_NO_LINE}\S]*(?:@[^{_NO_LINE}]{{2,}}|[^{_NO_LINE}@\s][^{_NO_LINE}]+)[^{_NO_LINE}\s][^{_NO_LINE}\S]*$"
+)
+"""At least three characters of a line, blanks around them and one @ before them aside."""
 TEXT = r"^[^\u0000]*$"
 FILLED_TEXT = r"^[^\u0000]*[^\u0000\s][^\u0000]*$"
 _LINE, _LINES = re.compile(LINE), re.compile(LINES)
@@ -88,6 +92,12 @@ def _check_line(value: str) -> str:
     if not _LINE.fullmatch(value):
         raise ValueError("must not contain control or invisible characters")
     return unicodedata.normalize("NFC", value).strip()
+
+
+def _check_searchable(value: str) -> str:
+    """What may be looked for: a part of a line."""
+    _check_line(value)
+    return value
 
 
 def _check_lines(value: str) -> str:
@@ -108,9 +118,6 @@ Content = Annotated[
     ),
     AfterValidator(_check_text),
 ]
-Line = Annotated[str, Field(json_schema_extra={"pattern": LINE}), AfterValidator(_check_line)]
-FilledLine = Annotated[str, Field(json_schema_extra={"pattern": FILLED_LINE}), AfterValidator(_check_line)]
-Lines = Annotated[str, Field(json_schema_extra={"pattern": LINES}), AfterValidator(_check_lines)]
 Phone = Annotated[
     str,
     Field(min_length=3, max_length=32, examples=["+79991234567"], description="With its country code."),
@@ -126,7 +133,40 @@ Username = Annotated[
         description="3 to 32 of a-z, 0-9 and _, beginning with a letter; unique without regard to case.",
     ),
 ]
-DisplayName = Annotated[FilledLine, Field(min_length=1, max_length=64, examples=["John Doe"])]
+# Lengths hold twice: as written, which is what the schema tells, and as stored, since composing can lengthen a text.
+DisplayName = Annotated[
+    str,
+    Field(min_length=1, max_length=64, json_schema_extra={"pattern": FILLED_LINE}, examples=["John Doe"]),
+    AfterValidator(_check_line),
+    Field(min_length=1, max_length=64),
+]
+Title = Annotated[
+    str,
+    Field(min_length=1, max_length=128, json_schema_extra={"pattern": FILLED_LINE}),
+    AfterValidator(_check_line),
+    Field(min_length=1, max_length=128),
+]
+Paragraph = Annotated[
+    str,
+    Field(max_length=512, json_schema_extra={"pattern": LINES}),
+    AfterValidator(_check_lines),
+    Field(max_length=512),
+]
+DeviceName = Annotated[
+    str,
+    Field(max_length=64, json_schema_extra={"pattern": LINE}),
+    AfterValidator(_check_line),
+    Field(max_length=64),
+]
+Platform = Annotated[
+    str,
+    Field(max_length=16, json_schema_extra={"pattern": LINE}),
+    AfterValidator(_check_line),
+    Field(max_length=16),
+]
+SearchText = Annotated[
+    str, Field(max_length=64, json_schema_extra={"pattern": SEARCHABLE}), AfterValidator(_check_searchable)
+]
 Password = Annotated[
     str,
     Field(
@@ -136,6 +176,13 @@ Password = Annotated[
         description="At least 8 characters, not a common one.",
     ),
     AfterValidator(_check_text),
+]
+
+
+NewPassword = Annotated[
+    Password,
+    # What the check of passwords says of any text; that it must not be a common one is told in words only.
+    Field(json_schema_extra={"minLength": 8, "pattern": r"^[^\u0000-\u001f\u007f-\u009f]*$"}),
 ]
 
 
@@ -152,11 +199,11 @@ class RegisterIn(In):
     """A new account."""
 
     phone: Phone
-    password: Password
+    password: NewPassword
     username: Username
     display_name: DisplayName | None = Field(None, description="Shown to others; the username when left out.")
-    device_name: Annotated[Line, Field(max_length=64)] = Field("", description="Shown in the list of sessions.")
-    platform: Annotated[Line, Field(max_length=16)] = Field("", examples=["android"])
+    device_name: DeviceName = Field("", description="Shown in the list of sessions.")
+    platform: Platform = Field("", examples=["android"])
 
 
 class RefreshIn(In):
@@ -201,7 +248,7 @@ class ProfileIn(In):
 
     username: Username | None = None
     display_name: DisplayName | None = None
-    bio: Annotated[Lines, Field(max_length=512)] | None = None
+    bio: Paragraph | None = None
 
 
 class User(TypedDict):
@@ -335,8 +382,8 @@ class PersonalChatIn(In):
 class GroupIn(In):
     """A new group; the caller becomes its owner."""
 
-    title: Annotated[FilledLine, Field(min_length=1, max_length=128)]
-    description: Annotated[Lines, Field(max_length=512)] = ""
+    title: Title
+    description: Paragraph = ""
     member_ids: Annotated[list[Id], Field(max_length=2000)] = Field(default_factory=list)
     history_visible: bool = Field(True, description="Whether those who join later see what was said before.")
 
@@ -344,8 +391,8 @@ class GroupIn(In):
 class ChatEditIn(In):
     """What to change of a group; what is left out stays."""
 
-    title: Annotated[FilledLine, Field(min_length=1, max_length=128)] | None = None
-    description: Annotated[Lines, Field(max_length=512)] | None = None
+    title: Title | None = None
+    description: Paragraph | None = None
     history_visible: bool | None = None
 
 

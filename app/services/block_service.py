@@ -70,7 +70,7 @@ class BlockService:
 
     async def list_blocked(self, user_id: int, cursor: str | None, limit: int) -> UserPage:
         """Those a person blocks, by id. Raises BadInput for a cursor that is not ours."""
-        [after_id] = decode_cursor(cursor, *BLOCKED_CURSOR) if cursor else [0]
+        [after_id] = decode_cursor(cursor, *BLOCKED_CURSOR) if cursor is not None else [0]
         async with self.database.reading() as session:
             ids = await pair_repository.list_blocked(session, user_id, after_id, limit + 1)
             page = ids[:limit]

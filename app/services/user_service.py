@@ -182,7 +182,7 @@ class UserService:
         if len(query) < MIN_QUERY:
             raise BadInput("query_too_short", f"Search for at least {MIN_QUERY} characters.", field="q")
         prefix = name_key(query)
-        place = _Place(*decode_cursor(cursor, *SEARCH_CURSOR)) if cursor else _Place(BY_USERNAME, "", 0)
+        place = _Place(BY_USERNAME, "", 0) if cursor is None else _Place(*decode_cursor(cursor, *SEARCH_CURSOR))
         if place.by == BY_USERNAME and not (prefix + place.name).isascii():
             place = _Place(BY_NAME, "", 0)  # MySQL does not even compare such text with a username
         await self.limiter.hit("limit_search_per_user", viewer_id)

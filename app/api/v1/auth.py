@@ -9,7 +9,19 @@ from pydantic import BaseModel, Field
 
 from app.api.deps import CallerDep, ClientIp, ServicesDep
 from app.api.problems import problems
-from app.db.schemas import MAX_ID, Device, In, Password, Phone, RefreshIn, Registered, RegisterIn, Ticket, Tokens
+from app.db.schemas import (
+    MAX_ID,
+    Device,
+    In,
+    NewPassword,
+    Password,
+    Phone,
+    RefreshIn,
+    Registered,
+    RegisterIn,
+    Ticket,
+    Tokens,
+)
 
 router = APIRouter(prefix="/auth", tags=["Authentication"])
 
@@ -31,7 +43,7 @@ class PasswordIn(In):
     """The old password, as proof, and the new one."""
 
     old_password: Password
-    new_password: Password
+    new_password: NewPassword
 
 
 REGISTER_EXAMPLES = {

@@ -8,7 +8,7 @@ from fastapi import APIRouter, Body, Path, Query
 
 from app.api.deps import CallerDep, ClientIp, ServicesDep, UowDep, cursor_query
 from app.api.problems import problems
-from app.db.schemas import MAX_ID, Availability, Me, Profile, ProfileIn, Username, UserPage
+from app.db.schemas import MAX_ID, Availability, Me, Profile, ProfileIn, SearchText, Username, UserPage
 from app.services.block_service import BLOCKED_CURSOR
 from app.services.user_service import SEARCH_CURSOR
 
@@ -46,13 +46,8 @@ async def update_me(
 @router.get("/search", summary="Find people", responses=problems(401, 422, 429, 503))
 async def search(
     q: Annotated[
-        str,
-        Query(
-            max_length=64,
-            json_schema_extra={"minLength": 3, "pattern": r"^@?[^\s@\u0000-\u001f\u007f]{3,63}$"},
-            description="At least 3 characters.",
-            examples=["john"],
-        ),
+        SearchText,
+        Query(description="At least 3 characters, not counting an @ before them.", examples=["john"]),
     ],
     services: ServicesDep,
     caller: CallerDep,
@@ -94,7 +89,7 @@ async def profile(user_id: UserId, services: ServicesDep, caller: CallerDep) -> 
     return await services.users.profile(caller.user_id, user_id)
 
 
-@router.post("/block/{user_id:int}", status_code=204, summary="Block", responses=problems(401, 404, 422, 429, 503))
+@router.post("/block/{user_id:int}", status_code=204, summary="Block", responses=problems(401, 404, 409, 422, 429, 503))
 async def block(user_id: UserId, services: ServicesDep, caller: CallerDep, uow: UowDep) -> None:
     """Block somebody: no message, typing, presence or profile passes between the two. They are not told.
 
