@@ -24,10 +24,28 @@ class ChatState:
     members: dict[int, dict[str, Any]] = field(default_factory=dict)
     complete_from: int = 1
     """Messages below this seq are not held: a reset brings the newest page only."""
+    read_seq: int = 0
+    """The user's own read mark."""
+    unread_count: int | None = None
+    """As the server counted; None where the client counts for itself."""
+
+    def unread(self, user_id: int) -> int:
+        """The number on the chat's badge."""
+        if self.unread_count is not None:
+            return self.unread_count
+        return sum(
+            message["seq"] > self.read_seq
+            and message["sender_id"] != user_id
+            and not message["deleted"]
+            and not message["hidden"]
+            for message in self.messages.values()
+        )
 
     def apply_message(self, message: dict[str, Any]) -> None:
         """Take a message if it is newer than the one held; what was hidden stays hidden."""
         held = self.messages.get(message["id"])
+        if held is None and message["seq"] < self.complete_from:
+            return  # a live event does not tell whether the user hid it: the history will
         if held is not None and held["version"] >= message["version"]:
             return
         if held is not None and held["hidden"]:
@@ -66,6 +84,8 @@ class Replica:
         self.account_version = 0
         self.chats: dict[int, ChatState] = {}
         self.blocked: set[int] = set()
+        self.hidden: set[int] = set()
+        """Ids of messages deleted for oneself: their rows may still be on the way."""
         self.holes: set[int] = set()
         """Chats of which something was missed: resume."""
 
@@ -89,6 +109,9 @@ class Replica:
         if kind == "hello":
             if self.epoch is not None and self.epoch != event["epoch"]:
                 self.chats.clear()
+                self.blocked.clear()
+                self.hidden.clear()
+                self.account_version = 0
             self.epoch = event["epoch"]
         elif kind == "reset":
             self._reset(event)
@@ -99,11 +122,14 @@ class Replica:
             self.account_version = event["account_version"]
             self.epoch = event["epoch"]
         elif kind == "message_hidden":
+            self.hidden.add(event["message_id"])
             chat = self.chats.get(event["chat_id"])
             if chat is not None and (message := chat.messages.get(event["message_id"])) is not None:
                 chat.messages[event["message_id"]] = {**message, "hidden": True, "content": ""}
             self._account(event)
         elif kind == "read_mark":
+            if (chat := self.chats.get(event["chat_id"])) is not None:
+                chat.read_seq = max(chat.read_seq, event["seq"])
             self._account(event)
         elif kind == "block_changed":
             (self.blocked.add if event["blocked"] else self.blocked.discard)(event["user_id"])
@@ -112,6 +138,10 @@ class Replica:
             self._account(event)
         elif "version" in event and "prev" in event:
             self._apply_chat_event(event)
+
+    def _as_mine(self, message: dict[str, Any]) -> dict[str, Any]:
+        """A row as this user sees it: what they have hidden is hidden, whatever a row read before says."""
+        return {**message, "hidden": True, "content": ""} if message["id"] in self.hidden else message
 
     def _account(self, event: Event) -> None:
         version = event["account_version"]
@@ -123,9 +153,10 @@ class Replica:
         for member in event["members"]:
             chat.apply_member(member)
         for message in event["messages"]:
-            chat.messages[message["id"]] = message
+            chat.messages[message["id"]] = self._as_mine(message)
         chat.complete_from = min((message["seq"] for message in event["messages"]), default=1)
         chat.info = {key: event["chat"][key] for key in ("title", "description", "history_visible", "member_count")}
+        chat.read_seq = event["chat"]["read_seq"]
         self.chats[event["chat_id"]] = chat
         self.holes.discard(event["chat_id"])
 
@@ -138,7 +169,7 @@ class Replica:
             return
         kind = event["type"]
         if kind in ("new_message", "message_edited", "message_deleted"):
-            chat.apply_message(event["message"])
+            chat.apply_message(self._as_mine(event["message"]))
         elif kind in ("message_read", "message_delivered"):
             if event["version"] > chat.version:
                 name = "read_seq" if kind == "message_read" else "delivered_seq"
@@ -157,10 +188,13 @@ class Replica:
             for member in event["members"]:
                 chat.apply_member(member)
             for message in event["messages"]:
-                chat.apply_message(message)
+                chat.apply_message(self._as_mine(message))
             if event["info"] is not None and event["version"] > chat.version:
                 chat.info.update(event["info"])
         chat.version = max(chat.version, event["version"])
+        # Sending has read, and so has another device of the user.
+        if (mine := chat.members.get(self.user_id)) is not None:
+            chat.read_seq = max(chat.read_seq, mine["read_seq"])
 
     def view(self) -> dict[str, Any]:
         """The state in a form that compares."""
@@ -169,6 +203,7 @@ class Replica:
                 chat_id: {
                     "version": chat.version,
                     "info": chat.info,
+                    "read_seq": chat.read_seq,
                     "members": {
                         user_id: {key: member[key] for key in ("role", "read_seq", "delivered_seq")}
                         for user_id, member in sorted(chat.members.items())
@@ -210,6 +245,7 @@ async def fetch(client: httpx.AsyncClient, headers: dict[str, str], user_id: int
         for item in page["items"]:
             chat = replica.chats[item["id"]] = ChatState(item["version"])
             chat.info = {key: item[key] for key in ("title", "description", "history_visible", "member_count")}
+            chat.read_seq, chat.unread_count = item["read_seq"], item["unread_count"]
         cursor = page["next"]
         if cursor is None:
             break

@@ -1,0 +1,1 @@
+"""Properties that must hold whatever happens, searched for by random walks."""

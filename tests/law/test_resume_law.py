@@ -1,0 +1,90 @@
+"""The law of catching up: a client that applied events and resumed, through any sequence of drops, equals a client
+that fetched everything afresh.
+
+Short walks run with every `make test`. For a long hunt, with a seed and a number of steps of one's own:
+`DIALECT_LAW_SEEDS=20 DIALECT_LAW_STEPS=500 pytest -m slow tests/law`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable
+
+import hypothesis
+import pytest
+from hypothesis import HealthCheck, Phase, given
+from hypothesis import strategies as st
+
+from app.core.config import Settings
+from tests.conftest import StartServer
+from tests.law.walk import NAMES, Step, World
+from tests.support.servers import Server
+
+SEEDS = int(os.environ.get("DIALECT_LAW_SEEDS", "3"))
+STEPS = int(os.environ.get("DIALECT_LAW_STEPS", "300"))
+
+pytestmark = pytest.mark.settings(
+    # Small, so that a walk reaches the corners; and no sweep, which would heal what must not be lost to begin with.
+    receipts_members_max=3,
+    resume_max_changes=30,
+    socket_heartbeat_seconds=0.5,
+    sweep_seconds=600,
+    access_token_expire_minutes=600,
+)
+
+
+def steps(count: int, *more: str) -> st.SearchStrategy[list[Step]]:
+    """Walks of one length; a walk shrinks to steps that do nothing."""
+    number = st.integers(0, 255)
+    step = st.tuples(st.sampled_from([*NAMES, *more]), number, number, number, st.booleans())
+    return st.lists(step, min_size=count, max_size=count)
+
+
+def walk(
+    servers: list[Server],
+    strategy: st.SearchStrategy[list[Step]],
+    *,
+    examples: int,
+    restart: Callable[[], Server] | None,
+) -> Callable[[], None]:
+    """A test of so many walks over the last of the servers. The first, of steps that do nothing, counts too."""
+
+    @hypothesis.settings(
+        max_examples=examples,
+        deadline=None,
+        database=None,
+        derandomize=False,
+        phases=[Phase.generate, Phase.shrink],
+        suppress_health_check=list(HealthCheck),
+        print_blob=True,
+    )
+    @given(steps=strategy)
+    def test(steps: list[Step]) -> None:
+        asyncio.run(World(servers[-1], restart).walk(steps))
+
+    return test
+
+
+@pytest.mark.timeout(120)
+def test_law(settings: Settings, start_server: StartServer) -> None:
+    hypothesis.seed(1)(walk([start_server(settings)], steps(60), examples=4, restart=None))()
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.settings(sweep_seconds=0.5)
+def test_law_when_the_server_is_killed(settings: Settings, start_server: StartServer) -> None:
+    servers = [start_server(settings)]
+
+    def restart() -> Server:
+        servers.append(start_server(settings))
+        return servers[-1]
+
+    hypothesis.seed(2)(walk(servers, steps(40, *["kill"] * 4), examples=3, restart=restart))()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("seed", range(SEEDS))
+def test_law_at_length(settings: Settings, start_server: StartServer, seed: int) -> None:
+    hypothesis.seed(1000 + seed)(walk([start_server(settings)], steps(STEPS), examples=2, restart=None))()
