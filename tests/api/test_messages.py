@@ -213,7 +213,8 @@ async def test_deleting_for_oneself_hides_a_message_from_nobody_else(server: Ser
         for state in ({}, {"chats": {str(chat_id): 2}}):
             [shown] = [m for event in await bo.resume(**state) for m in event.get("messages", [])]
             assert (shown["content"], shown["hidden"]) == ("", True)
-        [event] = [one for one in await bo.resume(account_version=before) if one["type"] == "message_hidden"]
+        events = await bo.resume(account_version=before, chats={str(chat_id): 2})
+        [event] = [one for one in events if one["type"] == "message_hidden"]
         assert (event["message_id"], event["account_version"]) == (message["id"], before + 1)
 
 

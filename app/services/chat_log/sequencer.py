@@ -66,10 +66,11 @@ class Sequencer:
         """Let out what a committed transaction appended. Call it after the commit, never before."""
         for roster in appended.rosters:
             self._rosters.put(roster)
-        for announcement in appended.announcements:
-            self.offer(announcement)
+        # First that somebody came into a chat or is out of it, then what that brings.
         for user_id, event in appended.account_events:
             self._connections.send_to_user(user_id, event)
+        for announcement in appended.announcements:
+            self.offer(announcement)
 
     def offer(self, announcement: Announcement) -> None:
         """Release an announcement when its turn has come; keep it until then."""
