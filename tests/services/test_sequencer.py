@@ -1,0 +1,191 @@
+"""The sequencer: versions go out one after the other, and what was swallowed is read from the database."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import uuid
+from datetime import timedelta
+
+import httpx
+import pytest
+
+from app.core.clock import SystemClock
+from app.services.chat_log.changes import Appended, Change, ChangeMembers, EditMessage, SendMessage
+from app.services.connection_manager import Connection
+from app.services.container import Services
+from app.services.transport import Frames
+from tests.support.people import Json, Person, people
+
+# The sweep runs when a test says so.
+pytestmark = pytest.mark.settings(sweep_seconds=3600)
+
+
+class Inbox:
+    """A transport whose peer reads at once; it keeps what came."""
+
+    def __init__(self) -> None:
+        self.events: list[Json] = []
+        self._arrived = asyncio.Event()
+
+    def send(self, frames: Frames) -> None:
+        self.events += [json.loads(payload) for payload in frames.payloads]
+        self._arrived.set()
+
+    @property
+    def unsent_bytes(self) -> int:
+        return 0
+
+    def close(self, code: int, reason: str = "") -> None:
+        pass
+
+    def pause_reading(self) -> None:
+        pass
+
+    def resume_reading(self) -> None:
+        pass
+
+    async def until(self, **fields: object) -> None:
+        """Return once an event with these fields has come."""
+        async with asyncio.timeout(10):
+            while not any(all(event.get(key) == value for key, value in fields.items()) for event in self.events):
+                self._arrived.clear()
+                await self._arrived.wait()
+
+    @property
+    def spans(self) -> list[tuple[int, int]]:
+        """(prev, version) of the events of the log."""
+        return [(event["prev"], event["version"]) for event in self.events if "prev" in event]
+
+
+async def come_online(services: Services, person: Person) -> Inbox:
+    """A connection of somebody, as the socket's route makes it."""
+    inbox = Inbox()
+    expires_at = SystemClock().now() + timedelta(hours=1)
+    connection: Connection = services.connections.add(inbox, person.id, 1, expires_at)
+    await services.connections.load_chats(connection.user)
+    connection.ready = True
+    return inbox
+
+
+async def commit(services: Services, *changes: Change) -> Appended:
+    """Commit changes and announce nothing: what a crash, or a bus that loses everything, leaves behind."""
+    ids = await services.ids.reserve("message", sum(isinstance(change, SendMessage) for change in changes) or 1)
+    async with services.database.writing() as session:
+        return await services.appender.append(await session.connection(), changes, ids)
+
+
+def message(chat_id: int, person: Person, content: str = "x") -> SendMessage:
+    """A message."""
+    return SendMessage(chat_id, person.id, uuid.uuid4().bytes, content)
+
+
+async def test_announcements_that_come_early_wait_for_their_turn(client: httpx.AsyncClient, services: Services) -> None:
+    ann, bo = await people(client, 2)
+    chat_id = await ann.personal(bo)
+    inboxes = [await come_online(services, person) for person in (ann, bo, bo)]
+    appended = [await commit(services, message(chat_id, ann, str(number))) for number in range(6)]
+    for number in (5, 0, 3, 4, 2, 1):
+        services.sequencer.announce(appended[number])
+    for inbox in inboxes:
+        assert inbox.spans == [(version, version + 1) for version in range(1, 7)]
+        assert [event["message"]["content"] for event in inbox.events] == ["0", "1", "2", "3", "4", "5"]
+    for number in (3, 0):  # once more, as a bus may
+        services.sequencer.announce(appended[number])
+    assert [len(inbox.events) for inbox in inboxes] == [6, 6, 6]
+    assert services.sequencer.healed == 0
+
+
+async def test_a_hole_that_does_not_fill_is_read_from_the_database(
+    client: httpx.AsyncClient, services: Services
+) -> None:
+    ann, bo = await people(client, 2)
+    chat_id, other = await ann.personal(bo), await ann.group(bo)
+    inbox = await come_online(services, bo)
+    swallowed = await commit(services, message(chat_id, ann, "swallowed"))
+    heard = await commit(services, message(chat_id, ann, "heard"))
+    services.sequencer.announce(heard)
+    assert inbox.events == []
+    services.sequencer.announce(await commit(services, message(other, ann, "elsewhere")))
+    assert [event["chat_id"] for event in inbox.events] == [other]  # the hole holds up no other chat
+    await inbox.until(chat_id=chat_id, version=3)
+    [healed] = [event for event in inbox.events if event["chat_id"] == chat_id]
+    assert (healed["type"], healed["prev"], healed["version"]) == ("chat_changes", 1, 3)
+    assert [one["content"] for one in healed["messages"]] == ["swallowed", "heard"]
+    assert services.sequencer.healed == 1
+    for late in (swallowed, heard):
+        services.sequencer.announce(late)
+    services.sequencer.announce(await commit(services, message(chat_id, ann, "next")))
+    assert inbox.spans[-2:] == [(1, 3), (3, 4)]
+
+
+async def test_what_nobody_announced_at_all_is_found_by_the_sweep(
+    client: httpx.AsyncClient, services: Services
+) -> None:
+    ann, bo, cy = await people(client, 3)
+    chat_id, group = await ann.personal(bo), await ann.group(bo, cy)
+    inbox, gone = await come_online(services, bo), await come_online(services, cy)
+    first = message(chat_id, ann, "1")
+    await commit(services, first)
+    await commit(services, message(group, ann, "2"), ChangeMembers(group, leave=[cy.id]), message(group, ann, "3"))
+    await services.sequencer.sweep()
+    assert inbox.events == []  # it may still be on its way
+    await services.sequencer.sweep()
+    assert sorted(event["chat_id"] for event in inbox.events) == sorted((chat_id, group))
+    assert {event["type"] for event in inbox.events} == {"chat_changes"}
+    in_group = next(event for event in inbox.events if event["chat_id"] == group)
+    assert [one["content"] for one in in_group["messages"]][-2:] == ["2", "3"]
+    assert [(one["user_id"], one["active"]) for one in in_group["members"]] == [(cy.id, False)]
+    assert in_group["info"]["member_count"] == 2
+    # Who was removed in the hole hears nothing of it, nor of what follows.
+    services.sequencer.announce(await commit(services, message(group, ann, "after")))
+    assert "after" in str(inbox.events[-1])
+    assert gone.events == []
+    healed = services.sequencer.healed
+    await services.sequencer.sweep()
+    await services.sequencer.sweep()
+    assert services.sequencer.healed == healed
+
+
+async def test_healing_shows_nobody_what_was_said_before_their_time(
+    client: httpx.AsyncClient, services: Services
+) -> None:
+    ann, bo = await people(client, 2)
+    group = await ann.group(history_visible=False)
+    old = await ann.say(group, "before Bo")
+    await ann.add(group, bo)
+    hers, his = await come_online(services, ann), await come_online(services, bo)
+    await commit(services, EditMessage(group, ann.id, old["id"], "changed before Bo"), message(group, ann, "to both"))
+    await services.sequencer.sweep()
+    await services.sequencer.sweep()
+    [to_her], [to_him] = hers.events, his.events
+    assert {one["content"] for one in to_her["messages"]} == {"changed before Bo", "to both"}
+    assert [one["content"] for one in to_him["messages"]] == ["to both"]
+    assert (to_her["prev"], to_her["version"]) == (to_him["prev"], to_him["version"])
+    # The same when it is announced as it should be.
+    services.sequencer.announce(
+        await commit(services, EditMessage(group, ann.id, old["id"], "again"), message(group, ann, "and on"))
+    )
+    assert hers.spans == his.spans
+    assert [event["type"] for event in hers.events] == ["chat_changes", "message_edited", "new_message"]
+    assert [event["type"] for event in his.events] == ["chat_changes", "chat_changes", "new_message"]
+    assert "before Bo" not in str(his.events)
+    assert "again" not in str(his.events)
+
+
+async def test_a_hole_too_large_for_one_frame_is_caught_up_in_pages(
+    client: httpx.AsyncClient, services: Services
+) -> None:
+    ann, bo = await people(client, 2)
+    chat_id = await ann.personal(bo)
+    inbox = await come_online(services, bo)
+    await commit(services, *(message(chat_id, ann, str(number)) for number in range(501)))
+    last = await commit(services, message(chat_id, ann, "last"))
+    services.sequencer.announce(last)
+    await inbox.until(type="synced", version=503)
+    changes = [event for event in inbox.events if event["type"] == "chat_changes"]
+    assert len(changes) > 1
+    assert [event["prev"] for event in changes] == [1, *(event["version"] for event in changes[:-1])]
+    assert [one["seq"] for event in changes for one in event["messages"]] == list(range(1, 503))
+    services.sequencer.announce(await commit(services, message(chat_id, ann, "live")))
+    assert (inbox.events[-1]["prev"], inbox.events[-1]["version"]) == (503, 504)

@@ -1,0 +1,213 @@
+"""The writer: one commit for many, a poisoned change alone, locks, deadlines and a full queue."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import sqlite3
+import uuid
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pymysql
+import pytest
+from sqlalchemy import event
+
+from app.core.config import Settings
+from app.core.errors import DialectError, Unavailable
+from app.services.chat_log.changes import Change, Done, EditMessage, Mark, SendMessage
+from app.services.container import Services
+from tests.support.people import Json, contents, people
+
+POISON = "\ud800"
+"""No database can store a lone surrogate. The edge refuses it; here it stands for whatever else may go wrong."""
+
+
+def send(chat_id: int, user_id: int, content: str = "x", client_id: bytes = b"") -> SendMessage:
+    """A message."""
+    return SendMessage(chat_id, user_id, client_id or uuid.uuid4().bytes, content)
+
+
+async def outcomes(services: Services, changes: list[Change]) -> list[Done | BaseException]:
+    """What comes of changes that are submitted all at once."""
+    return await asyncio.gather(*(services.writer.write(change) for change in changes), return_exceptions=True)
+
+
+def message_of(outcome: object) -> Json:
+    """The message that was written."""
+    assert isinstance(outcome, Done)
+    assert outcome.message is not None
+    return dict(outcome.message)
+
+
+@contextlib.contextmanager
+def held(settings: Settings, lock: str) -> Iterator[None]:
+    """Somebody else holds a lock: of these rows on MySQL, of the whole file on SQLite."""
+    if settings.uses_mysql:
+        mysql = pymysql.connect(
+            host=settings.db_host,
+            port=settings.db_port,
+            user=settings.db_user,
+            password=settings.db_password.get_secret_value(),
+            database=settings.db_name,
+        )
+        try:
+            with mysql.cursor() as cursor:
+                cursor.execute(f"SELECT 1 FROM {lock} FOR UPDATE")
+            yield
+        finally:
+            mysql.close()
+    else:
+        sqlite = sqlite3.connect(settings.sqlite_path, isolation_level=None)
+        try:
+            sqlite.execute("BEGIN IMMEDIATE")
+            yield
+        finally:
+            sqlite.close()
+
+
+async def test_what_arrives_together_is_one_transaction_in_order(client: httpx.AsyncClient, services: Services) -> None:
+    ann, bo = await people(client, 2)
+    first, second = await ann.personal(bo), await ann.group(bo)
+    statements: list[str] = []
+
+    def note(_connection: Any, _cursor: Any, statement: str, *_rest: Any) -> None:
+        statements.append(statement)
+
+    engine = services.database.log_engine.sync_engine
+    event.listen(engine, "before_cursor_execute", note)
+    changes: list[Change] = [send((first, second)[i % 2], (ann, bo)[i % 3 == 0].id, str(i)) for i in range(200)]
+    twins = [send(first, ann.id, "twin", b"t" * 16) for _ in range(3)]
+    missing = send(999_999, ann.id)
+    foreign = send(first, 999_999)
+    done = await outcomes(services, [*changes, *twins, missing, foreign])
+    event.remove(engine, "before_cursor_execute", note)
+    assert len([one for one in statements if one.startswith("INSERT INTO messages")]) <= 2
+    assert len(statements) < 30
+    for chat_id in (first, second):
+        seqs = [message_of(one)["seq"] for one in done[:200] if message_of(one)["chat_id"] == chat_id]
+        assert seqs == list(range(seqs[0], seqs[0] + 100))
+    assert message_of(done[200]) == message_of(done[201]) == message_of(done[202])
+    for refused in done[203:]:
+        assert isinstance(refused, DialectError)
+        assert refused.code == "chat_not_found"
+    assert (await ann.chat(first))["last_seq"] == 101
+
+
+@pytest.mark.logs_errors
+async def test_a_poisoned_change_fails_alone(client: httpx.AsyncClient, services: Services) -> None:
+    ann, bo = await people(client, 2)
+    chat_id, group = await ann.personal(bo), await ann.group(bo)
+    kept = message_of((await outcomes(services, [send(group, ann.id, "kept")]))[0])
+    changes: list[Change] = [send(chat_id, ann.id, str(number)) for number in range(20)]
+    changes[3] = send(chat_id, ann.id, POISON)
+    changes[11] = EditMessage(group, ann.id, kept["id"], POISON)
+    changes[12] = Mark(group, bo.id, kept["id"], "read")
+    done = await outcomes(services, changes)
+    for number, outcome in enumerate(done):
+        if number in (3, 11):
+            assert isinstance(outcome, DialectError)
+            assert (outcome.code, outcome.retryable) == ("internal_error", False)
+            assert POISON not in str(outcome)
+        else:
+            assert isinstance(outcome, Done), (number, outcome)
+    page = await bo.history(chat_id)
+    assert contents(page) == [str(number) for number in range(20) if number not in (3, 11, 12)]
+    assert [message["seq"] for message in page["items"]] == list(range(1, 18))
+    assert contents(await ann.history(group)) == ["kept"]
+    assert (await bo.chat(group))["unread_count"] == 0
+    assert (await ann.say(chat_id, "and on it goes"))["seq"] == 18
+
+
+async def test_a_chat_that_somebody_holds_waits_while_others_are_written(
+    client: httpx.AsyncClient, services: Services, settings: Settings
+) -> None:
+    if not settings.uses_mysql:
+        pytest.skip("SQLite has one lock for all")
+    ann, bo = await people(client, 2)
+    locked, free = await ann.group(bo), await ann.group(bo)
+    with held(settings, f"chats WHERE id = {locked}"):
+        waiting = [asyncio.create_task(services.writer.write(send(locked, ann.id, str(i)))) for i in range(3)]
+        for number in range(5):
+            assert isinstance(await services.writer.write(send(free, bo.id, str(number))), Done)
+        assert not any(task.done() for task in waiting)
+        assert services.writer.waiting >= 3
+    await asyncio.gather(*waiting)
+    assert contents(await bo.history(locked)) == ["0", "1", "2"]
+    assert contents(await bo.history(free)) == ["0", "1", "2", "3", "4"]
+
+
+@pytest.mark.settings(write_timeout_seconds=0.5, db_timeout_seconds=8)
+@pytest.mark.parametrize("place", ["before it is taken up", "in the middle of its transaction"])
+async def test_a_change_the_database_keeps_waiting_is_answered_and_its_retry_is_one_row(
+    client: httpx.AsyncClient, services: Services, settings: Settings, place: str
+) -> None:
+    ann, bo = await people(client, 2)
+    chat_id = await ann.personal(bo)
+    await ann.say(chat_id, "ids are leased")
+    change = send(chat_id, ann.id, "late", b"c" * 16)
+    rows = f"chats WHERE id = {chat_id}"
+    if place != "before it is taken up":
+        rows = f"chat_members WHERE chat_id = {chat_id}"  # marks are written last
+    started = services.clock.monotonic()
+    with held(settings, rows):
+        with pytest.raises(Unavailable) as refused:
+            await services.writer.write(change)
+        assert refused.value.code == "database_unavailable"
+        assert 0.4 < services.clock.monotonic() - started < 5
+    await services.writer.drained()
+    stored = contents(await bo.history(chat_id))
+    if settings.uses_mysql:
+        # Whether it was stored after all depends on how far it had come; its sender cannot know.
+        assert stored == ["ids are leased", "late"][: 1 if place == "before it is taken up" else 2]
+    message = message_of(await services.writer.write(change))
+    assert contents(await bo.history(chat_id)) == ["ids are leased", "late"]
+    assert message_of(await services.writer.write(change)) == message
+    assert message["seq"] == 2
+
+
+@pytest.mark.settings(writer_queue_max=5)
+async def test_a_full_queue_refuses_at_once_and_recovers(client: httpx.AsyncClient, services: Services) -> None:
+    ann, bo = await people(client, 2)
+    chat_id = await ann.personal(bo)
+    told: list[Done | DialectError] = []
+    for number in range(5):
+        services.writer.submit(send(chat_id, ann.id, str(number)), told.append)
+    with pytest.raises(Unavailable) as refused:
+        services.writer.submit(send(chat_id, ann.id, "one too many"), told.append)
+    assert (refused.value.code, refused.value.retryable, refused.value.retry_after) == ("overloaded", True, 2)
+    await services.writer.drained()
+    assert [message_of(one)["content"] for one in told] == ["0", "1", "2", "3", "4"]
+    assert (await ann.say(chat_id, "room again"))["seq"] == 6
+
+
+async def test_a_listener_that_fails_takes_nobody_else_along(
+    client: httpx.AsyncClient, services: Services, request: pytest.FixtureRequest
+) -> None:
+    request.node.add_marker(pytest.mark.logs_errors)
+    ann, bo = await people(client, 2)
+    chat_id = await ann.personal(bo)
+    told: list[Done | DialectError] = []
+
+    def fail(_outcome: Done | DialectError) -> None:
+        raise RuntimeError("the socket is gone in an unexpected way")
+
+    services.writer.submit(send(chat_id, ann.id, "1"), fail)
+    services.writer.submit(send(chat_id, ann.id, "2"), told.append)
+    await services.writer.drained()
+    assert len(told) == 1
+    assert contents(await bo.history(chat_id)) == ["1", "2"]
+
+
+async def test_after_a_stop_nothing_is_taken_and_what_was_taken_is_stored(
+    client: httpx.AsyncClient, services: Services
+) -> None:
+    ann, bo = await people(client, 2)
+    chat_id = await ann.personal(bo)
+    tasks = [asyncio.create_task(services.writer.write(send(chat_id, ann.id, str(i)))) for i in range(20)]
+    await asyncio.sleep(0)  # all are submitted
+    await services.writer.stop()
+    assert [message_of(await task)["seq"] for task in tasks] == list(range(1, 21))
+    assert await ann.refused("POST", f"/chats/{chat_id}/messages", {"content": "x"}) == (503, "shutting_down")
+    assert len((await bo.history(chat_id))["items"]) == 20
