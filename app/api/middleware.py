@@ -18,10 +18,10 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocketDisconnect
 
-from app.api.problems import BodyRefused, error_response, internal_error
+from app.api.problems import DETAILS, BodyRefused, error_response, internal_error
 from app.core.clock import Clock
 from app.core.config import Settings
-from app.core.errors import BadInput, DialectError, StartupError, TooLarge
+from app.core.errors import BadInput, DialectError, NotFound, StartupError, TooLarge
 from app.core.logging import request_id
 
 log = logging.getLogger(__name__)
@@ -134,6 +134,8 @@ class RequestLog:
             request_id.reset(token)
 
 
+MAX_PATH = 1024
+"""No route has a longer path. Python refuses to read numbers of more than 4300 digits, with an error of ours."""
 API_POLICY = "default-src 'none'; frame-ancestors 'none'"
 DOCS_POLICY = (
     "default-src 'none'; script-src 'unsafe-inline' https://cdn.jsdelivr.net; worker-src blob:; "
@@ -220,6 +222,9 @@ class BodyGuard:
         if b"\x00" in scope["path"].encode("utf-8", "replace") or b"%00" in scope["query_string"]:
             error = BadInput("invalid_request", "A URL cannot contain the NUL character.")
             await error_response(error)(scope, receive, send)
+            return
+        if len(scope["path"]) > MAX_PATH:
+            await error_response(NotFound("not_found", DETAILS[404]))(scope, receive, send)
             return
         headers = Headers(scope=scope)
         declared = headers.get("content-length", "")

@@ -136,7 +136,7 @@ async def end_other_sessions(services: ServicesDep, caller: CallerDep) -> None:
 
 
 @router.delete(
-    "/sessions/{session_id}",
+    "/sessions/{session_id:int}",
     status_code=204,
     summary="Log a device out",
     responses=problems(401, 404, 422, 429, 503),
