@@ -7,6 +7,7 @@ every command until it is answered, over as many connections as that takes.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 import uuid
 from collections import Counter
@@ -136,6 +137,13 @@ class Crowd:
         """The chats of a user."""
         return [room for room in self.rooms if user in room.members]
 
+    async def stored_client_ids(self) -> set[str]:
+        """The client ids of all messages that the server holds now."""
+        async with self.http() as client:
+            fresh = await asyncio.gather(*(fetch(client, a.headers, a.id) for a in self.accounts))
+        chats = [chat for replica in fresh for chat in replica.chats.values()]
+        return {message["client_id"] for chat in chats for message in chat.messages.values()}
+
     async def check(self) -> Report:
         """Compare all ledgers and replicas with what the server holds now. Nothing may be under way."""
         async with self.http() as client:
@@ -248,10 +256,12 @@ class Keeper:
 
     def note_received(self, message: Event, session: int, *, live: bool) -> None:
         """A message came, perhaps changed since it was sent."""
-        self._seen.add(message["id"])
         text = message["content"]
         if not may_see(text, self.account.id, {}):
             self.crowd.fault(f"{self.name} got {message}")
+        if not live and message["id"] in self._seen:
+            return  # an old one that has changed: it says nothing about the order of the new ones
+        self._seen.add(message["id"])
         if message["edited_at"] or message["deleted"] or message["hidden"]:
             text = self.crowd.texts.get(message["client_id"], text)
         self.ledger.received(
@@ -294,6 +304,7 @@ class Device(Keeper):
         self._refs = 0
         self._final: tuple[str, asyncio.Event] | None = None
         self._connection: ClientConnection | None = None
+        self._gone = asyncio.Event()
 
     async def run(self) -> None:
         """Live until cancelled: connect, resume, repeat what was not answered, go on; again after every drop."""
@@ -315,16 +326,24 @@ class Device(Keeper):
             self.connections += 1
             self._live.clear()
             self._connection = connection
+            self._gone.clear()
             try:
                 async for frame in connection:
                     for answer in self._handle(orjson.loads(frame)):
-                        await connection.send(orjson.dumps(answer).decode())
+                        # Once the server has said goodbye nothing can be sent, but what came before is still to read.
+                        with contextlib.suppress(websockets.ConnectionClosed):
+                            await connection.send(orjson.dumps(answer).decode())
             except websockets.ConnectionClosed:
                 pass
             finally:
                 self._connection = None
                 connection.transport.abort()
+                self._gone.set()
             self.crowd.close_codes[connection.close_code or 1006] += 1
+
+    async def gone(self) -> None:
+        """Return once the connection has ended and all it brought has been looked at."""
+        await self._gone.wait()
 
     async def settle(self) -> None:
         self._final = (f"final-{self.number}", asyncio.Event())
