@@ -559,6 +559,7 @@ async def test_joining_brings_a_chat_afresh_and_leaving_ends_it_at_once(server: 
             first = (await ann.chat(group))["last_seq"] + 1
             assert added[0] == added[1] == {"type": "chat_added", "account_version": 1, "chat_id": group}
             for socket in (phone, laptop):
+                await socket.wait(type="reset", chat_id=group)
                 await socket.wait(type="synced", chat_id=group)
             await ann.say(group, "new")
             for socket in (phone, laptop):

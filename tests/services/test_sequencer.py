@@ -58,13 +58,13 @@ class Inbox:
         return [(event["prev"], event["version"]) for event in self.events if "prev" in event]
 
 
-async def come_online(services: Services, person: Person) -> Inbox:
+async def come_online(services: Services, person: Person, *, greeted: bool = True) -> Inbox:
     """A connection of somebody, as the socket's route makes it."""
     inbox = Inbox()
     expires_at = SystemClock().now() + timedelta(hours=1)
     connection: Connection = services.connections.add(inbox, person.id, 1, expires_at)
     await services.connections.load_chats(connection.user)
-    connection.ready = True
+    connection.ready = greeted
     return inbox
 
 
@@ -94,6 +94,19 @@ async def test_announcements_that_come_early_wait_for_their_turn(client: httpx.A
         services.sequencer.announce(appended[number])
     assert [len(inbox.events) for inbox in inboxes] == [6, 6, 6]
     assert services.sequencer.healed == 0
+
+
+async def test_a_device_is_told_nothing_before_it_is_greeted(client: httpx.AsyncClient, services: Services) -> None:
+    ann, bo = await people(client, 2)
+    chat_id = await ann.personal(bo)
+    early = await come_online(services, bo, greeted=False)
+    inbox = await come_online(services, bo)  # loads the chats of the other one too
+    services.sequencer.announce(await commit(services, message(chat_id, ann)))
+    await ann.group(bo)
+    await bo.block(ann)
+    await inbox.until(type="block_changed")
+    assert {"new_message", "chat_added"} <= {event["type"] for event in inbox.events}
+    assert early.events == []
 
 
 async def test_a_hole_that_does_not_fill_is_read_from_the_database(
