@@ -200,6 +200,9 @@ class MessageService:
             has_before = oldest > first_visible
             if not rows and has_before:  # unless the chat ends before `after`
                 has_before = bool(await page(first_visible, low - 1, 1, newest_first=True))
+            # Asked last, when all is read: nothing said after somebody was removed may reach them.
+            if await chats_repository.find_membership(session, chat_id, user_id) is None:
+                raise chat_not_found()
             return {"items": items, "version": version, "has_before": has_before, "has_after": has_after}
 
     async def get(self, user_id: int, chat_id: int, message_id: int) -> Message:
@@ -234,10 +237,11 @@ class MessageService:
         }
 
     async def _find_visible(self, session: AsyncSession, user_id: int, chat_id: int, message_id: int) -> MessageRow:
+        # The message first: one sent after the caller's removal must meet a membership that has ended.
+        rows = await log_repository.find_messages(session, [message_id])
         member = await chats_repository.find_membership(session, chat_id, user_id)
         if member is None:
             raise chat_not_found()
-        rows = await log_repository.find_messages(session, [message_id])
         if not rows or rows[0].chat_id != chat_id or rows[0].seq < member.visible_from_seq:
             raise message_not_found()
         return rows[0]
