@@ -40,7 +40,6 @@ async def test_a_personal_chat_that_many_ask_for_at_once_is_one(client: httpx.As
 async def test_after_a_block_no_personal_chat_begins(client: httpx.AsyncClient, services: Services) -> None:
     crowd = await people(client, 16)
     pairs = list(zip(crowd[::2], crowd[1::2], strict=True))
-    refusals = 0
     for number, (ann, bo) in enumerate(pairs):
         blocker, blocked = (ann, bo) if number % 2 else (bo, ann)
         if number % 4 < 2:
@@ -55,9 +54,7 @@ async def test_after_a_block_no_personal_chat_begins(client: httpx.AsyncClient, 
         refused = [answer for answer in answers if answer.status_code == 403]
         assert {answer.status_code for answer in answers} <= {200, 201, 403}
         assert len(created) == (0 if len(refused) == 6 else 1)
-        refusals += len(refused)
         assert len((await ann.do("GET", "/chats"))["items"]) == len(created)
-    assert refusals > 0
     # Both take their time under the pair's lock: the order of the two times is the order of the two commits.
     async with services.database.reading() as session:
         query = select(Chat.created_at, UserPair.low_blocked_at, UserPair.high_blocked_at)
