@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import sqlite3
 import uuid
-from collections.abc import Iterator
 from typing import Any
 
 import httpx
-import pymysql
 import pytest
 from sqlalchemy import event
 
@@ -18,6 +14,7 @@ from app.core.config import Settings
 from app.core.errors import DialectError, Unavailable
 from app.services.chat_log.changes import Change, Done, EditMessage, Mark, SendMessage
 from app.services.container import Services
+from tests.support.locks import held
 from tests.support.people import Json, contents, people
 
 POISON = "\ud800"
@@ -39,32 +36,6 @@ def message_of(outcome: object) -> Json:
     assert isinstance(outcome, Done)
     assert outcome.message is not None
     return dict(outcome.message)
-
-
-@contextlib.contextmanager
-def held(settings: Settings, lock: str) -> Iterator[None]:
-    """Somebody else holds a lock: of these rows on MySQL, of the whole file on SQLite."""
-    if settings.uses_mysql:
-        mysql = pymysql.connect(
-            host=settings.db_host,
-            port=settings.db_port,
-            user=settings.db_user,
-            password=settings.db_password.get_secret_value(),
-            database=settings.db_name,
-        )
-        try:
-            with mysql.cursor() as cursor:
-                cursor.execute(f"SELECT 1 FROM {lock} FOR UPDATE")
-            yield
-        finally:
-            mysql.close()
-    else:
-        sqlite = sqlite3.connect(settings.sqlite_path, isolation_level=None)
-        try:
-            sqlite.execute("BEGIN IMMEDIATE")
-            yield
-        finally:
-            sqlite.close()
 
 
 async def test_what_arrives_together_is_one_transaction_in_order(client: httpx.AsyncClient, services: Services) -> None:

@@ -298,7 +298,8 @@ class SocketReceiver(Receiver):
 
     def _finished(self) -> None:
         self._pending -= 1
-        if self._paused and self._pending <= PENDING_MAX // 2:
+        # Once the server drains, the pause is its own: what were read now could be stored and never acknowledged.
+        if self._paused and self._pending <= PENDING_MAX // 2 and not self._connections.draining:
             self._paused = False
             self._transport.resume_reading()
 
