@@ -299,10 +299,9 @@ class Device(Keeper):
         self.pending: dict[str, Pending] = {}
         self.connections = 0
         self._mine: list[tuple[Room, int, str]] = []
-        self._busy: set[str] = set()
         self._live: set[int] = set()
         self._refs = 0
-        self._final: tuple[str, asyncio.Event] | None = None
+        self._resumed = asyncio.Event()
         self._connection: ClientConnection | None = None
         self._gone = asyncio.Event()
 
@@ -327,6 +326,7 @@ class Device(Keeper):
             self._live.clear()
             self._connection = connection
             self._gone.clear()
+            self._resumed.clear()
             try:
                 async for frame in connection:
                     for answer in self._handle(orjson.loads(frame)):
@@ -346,11 +346,15 @@ class Device(Keeper):
         await self._gone.wait()
 
     async def settle(self) -> None:
-        self._final = (f"final-{self.number}", asyncio.Event())
-        assert self._connection is not None
-        await self._connection.send(orjson.dumps({**self.replica.resume_frame(), "ref": self._final[0]}).decode())
-        async with asyncio.timeout(PATIENCE):
-            await self._final[1].wait()
+        try:
+            async with asyncio.timeout(PATIENCE):
+                await self._resumed.wait()  # a socket resumes once at a time
+                self._resumed.clear()
+                assert self._connection is not None
+                await self._connection.send(orjson.dumps(self.replica.resume_frame()).decode())
+                await self._resumed.wait()
+        except TimeoutError:
+            self.crowd.fault(f"{self.name} is not told that it has caught up")
 
     # --- frames ---
 
@@ -382,8 +386,8 @@ class Device(Keeper):
             return self._acked(event)
         if kind == "error":
             return self._refused(event)
-        if kind == "resumed" and self._final is not None and event["ref"] == self._final[0]:
-            self._final[1].set()
+        if kind == "resumed":
+            self._resumed.set()
         return []
 
     def _held(self, chat_id: int) -> dict[int, Event]:
@@ -393,7 +397,7 @@ class Device(Keeper):
     def _acked(self, event: Event) -> list[Event]:
         pending = self.pending.pop(event["ref"], None)
         if pending is None:
-            return []  # the ping of a barrier, or the second answer to a command that was repeated
+            return []  # the second answer to a command that was repeated
         frame = pending.frame
         kind, chat_id = frame["type"], frame["chat_id"]
         self.crowd.counts[kind] += 1
@@ -409,14 +413,14 @@ class Device(Keeper):
             self.crowd.read[place] = max(self.crowd.read.get(place, 0), message["seq"])
         elif kind == "delete_message" and not frame["for_everyone"]:
             self.crowd.hidden.add((self.account.id, frame["message_id"]))
-        self._busy.discard(event["ref"])
         return self._begin()
 
     def _refused(self, event: Event) -> list[Event]:
         pending = self.pending.get(event["ref"])
         if pending is None or not event["retryable"]:
             self.crowd.fault(f"{self.name} was refused: {event}, {pending}")
-            return []
+            self.pending.pop(event["ref"], None)
+            return self._begin()
         self.crowd.counts[f"refused {event['code']}"] += 1
         asyncio.get_running_loop().call_later(event["retry_after"] or 0.1, self._repeat, event["ref"])
         return []
