@@ -41,7 +41,7 @@ LOGIN = {
 
 
 @pytest.mark.schemathesis
-@pytest.mark.timeout(4 * 3600)
+@pytest.mark.timeout(6 * 3600 if EXAMPLES else 1800)
 async def test_schemathesis_finds_nothing(
     server: Server, settings: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -84,7 +84,7 @@ async def test_schemathesis_finds_nothing(
     assert summary["test_cases"]["generated"] >= (0 if EXAMPLES else LEAST_CASES[engine])
     # The two really looked at each other's objects: reads that worked for their owner were tried as the other.
     probes = _probes(events)
-    assert len(probes["bob"]) >= 5, probes
+    assert any("{chat_id}" in probe and probe.endswith(" 404") for probe in probes["bob"]), probes
 
 
 async def _settle(server: Server, folder: Path) -> Path:
