@@ -23,7 +23,8 @@ bearer = OAuth2PasswordBearer(
 )
 
 
-def get_services(connection: HTTPConnection) -> Services:
+# Not `def`: FastAPI would send each call to a thread and back.
+async def get_services(connection: HTTPConnection) -> Services:
     """The parts of this process; of a request or of a socket."""
     services: Services = connection.app.state.services
     return services
@@ -54,7 +55,7 @@ async def get_uow(services: ServicesDep) -> AsyncIterator[UnitOfWork]:
 UowDep = Annotated[UnitOfWork, Depends(get_uow, scope="function")]
 
 
-def get_client_ip(request: Request) -> str:
+async def get_client_ip(request: Request) -> str:
     """Where the request comes from; the proxies that the settings trust are already seen through."""
     return request.client.host if request.client else ""
 
