@@ -16,11 +16,11 @@ async def ask(person: Person, method: str, path: str, body: object = None) -> An
     return None if answer.is_success else (answer.status_code, answer.json()["code"])
 
 
-async def test_a_block_ends_everything_personal_both_ways_until_it_is_lifted(server: Server) -> None:
-    async with server.client() as client:
-        await _matrix(server, *await people(client, 3), blocker_has_lower_id=True)
+async def test_a_block_ends_everything_personal_both_ways_until_it_is_lifted(shared_server: Server) -> None:
+    async with shared_server.client() as client:
+        await _matrix(shared_server, *await people(client, 3), blocker_has_lower_id=True)
         cy, ann, bo = await people(client, 3)
-        await _matrix(server, bo, ann, cy, blocker_has_lower_id=False)
+        await _matrix(shared_server, bo, ann, cy, blocker_has_lower_id=False)
 
 
 async def _matrix(server: Server, ann: Person, bo: Person, cy: Person, *, blocker_has_lower_id: bool) -> None:
@@ -123,8 +123,8 @@ async def _matrix(server: Server, ann: Person, bo: Person, cy: Person, *, blocke
             await socket.wait(lambda event: event["message"]["content"] == "edited 3", type="message_edited")
 
 
-async def test_two_who_block_each_other_need_both_to_relent(server: Server) -> None:
-    async with server.client() as client:
+async def test_two_who_block_each_other_need_both_to_relent(shared_server: Server) -> None:
+    async with shared_server.client() as client:
         ann, bo, cy, di = await people(client, 4)
         chat_id = await ann.personal(bo)
         await ann.block(bo)
@@ -146,11 +146,11 @@ async def test_two_who_block_each_other_need_both_to_relent(server: Server) -> N
         assert await di.personal(cy) == await cy.personal(di)
 
 
-async def test_a_block_takes_effect_on_what_is_open_already(server: Server) -> None:
-    async with server.client() as client:
+async def test_a_block_takes_effect_on_what_is_open_already(shared_server: Server) -> None:
+    async with shared_server.client() as client:
         ann, bo = await people(client, 2)
         chat_id = await ann.personal(bo)
-        async with await ann.open(server) as hers, await bo.open(server) as his:
+        async with await ann.open(shared_server) as hers, await bo.open(shared_server) as his:
 
             async def send_many(socket: SocketClient) -> list[str]:
                 return [(await socket.say(chat_id, str(number)))["type"] for number in range(30)]

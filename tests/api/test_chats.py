@@ -297,11 +297,11 @@ async def test_the_members_of_a_chat_come_in_pages(client: httpx.AsyncClient) ->
 # --- late joiners -----------------------------------------------------------------------------------------------
 
 
-async def test_late_joiners_see_what_was_said_before_unless_the_group_says_no(server: Server) -> None:
-    async with server.client() as client:
+async def test_late_joiners_see_what_was_said_before_unless_the_group_says_no(shared_server: Server) -> None:
+    async with shared_server.client() as client:
         ann, bo = await people(client, 2)
         for visible in (True, False):
-            await _late_joiner(server, ann, bo, visible=visible)
+            await _late_joiner(shared_server, ann, bo, visible=visible)
 
 
 async def _late_joiner(server: Server, ann: Person, bo: Person, *, visible: bool) -> None:

@@ -57,13 +57,13 @@ NAUGHTY = [
 # --- sending, over both doors -----------------------------------------------------------------------------------
 
 
-async def test_every_text_comes_back_to_the_byte_over_socket_and_rest(server: Server) -> None:
-    async with server.client() as client:
+async def test_every_text_comes_back_to_the_byte_over_socket_and_rest(shared_server: Server) -> None:
+    async with shared_server.client() as client:
         ann, bo = await people(client, 2)
         chat_id = await ann.personal(bo)
         longest = "\U0001f600" * 4096  # 16 KiB of UTF-8, 48 KiB when escaped
         texts = [*NAUGHTY, longest]
-        async with await ann.open(server) as sender, await bo.open(server) as reader:
+        async with await ann.open(shared_server) as sender, await bo.open(shared_server) as reader:
             for number, text in enumerate(texts):
                 if number % 2:
                     ack = await sender.say(chat_id, text)
@@ -82,8 +82,8 @@ async def test_every_text_comes_back_to_the_byte_over_socket_and_rest(server: Se
         assert contents(reset) == contents(page)
 
 
-async def test_what_is_no_message_is_refused_over_both_doors(server: Server) -> None:
-    async with server.client() as client:
+async def test_what_is_no_message_is_refused_over_both_doors(shared_server: Server) -> None:
+    async with shared_server.client() as client:
         ann, bo = await people(client, 2)
         chat_id = await ann.personal(bo)
         kept = await ann.say(chat_id, "x" * 4096)
@@ -101,7 +101,7 @@ async def test_what_is_no_message_is_refused_over_both_doors(server: Server) -> 
             "null": ("null", "invalid_request", "invalid_frame"),
             "a list": ('["x"]', "invalid_request", "invalid_frame"),
         }
-        async with await ann.open(server) as socket:
+        async with await ann.open(shared_server) as socket:
             for name, (content, over_rest, over_socket) in cases.items():
                 body = f'{{"content": {content}}}'.encode()
                 url = f"/api/v1/chats/{chat_id}/messages"
@@ -177,12 +177,16 @@ async def test_a_message_is_sent_answered_edited_and_deleted(client: httpx.Async
     )
 
 
-async def test_deleting_for_oneself_hides_a_message_from_nobody_else(server: Server) -> None:
-    async with server.client() as client:
+async def test_deleting_for_oneself_hides_a_message_from_nobody_else(shared_server: Server) -> None:
+    async with shared_server.client() as client:
         ann, bo = await people(client, 2)
         chat_id = await ann.personal(bo)
         message = await ann.say(chat_id, "a surprise")
-        async with await bo.open(server) as phone, await bo.open(server) as laptop, await ann.open(server) as other:
+        async with (
+            await bo.open(shared_server) as phone,
+            await bo.open(shared_server) as laptop,
+            await ann.open(shared_server) as other,
+        ):
             before = (await bo.do("GET", "/users/me"))["account_version"]
             await bo.delete(message, for_everyone=False)
             for socket in (phone, laptop):
@@ -284,15 +288,15 @@ async def test_history_goes_both_ways_and_knows_both_ends(client: httpx.AsyncCli
 # --- retries ----------------------------------------------------------------------------------------------------
 
 
-async def test_fifty_sends_of_one_client_id_at_once_over_all_doors_are_one_message(server: Server) -> None:
-    async with server.client() as client:
+async def test_fifty_sends_of_one_client_id_at_once_over_all_doors_are_one_message(shared_server: Server) -> None:
+    async with shared_server.client() as client:
         ann, bo = await people(client, 2)
         chat_id = await ann.personal(bo)
         client_id = str(uuid.uuid4())
         async with (
-            await ann.open(server) as phone,
-            await ann.open(server) as laptop,
-            await bo.open(server) as reader,
+            await ann.open(shared_server) as phone,
+            await ann.open(shared_server) as laptop,
+            await bo.open(shared_server) as reader,
         ):
 
             async def over_rest() -> tuple[int, int]:

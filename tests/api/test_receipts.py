@@ -14,16 +14,16 @@ def marks(socket: SocketClient) -> list[Json]:
     return [event for event in socket.seen if event["type"] in ("message_read", "message_delivered", "read_mark")]
 
 
-async def test_read_and_delivered_marks_reach_everybody_once_and_only_rise(server: Server) -> None:
-    async with server.client() as client:
+async def test_read_and_delivered_marks_reach_everybody_once_and_only_rise(shared_server: Server) -> None:
+    async with shared_server.client() as client:
         ann, bo, eve = await people(client, 3)
         chat_id = await ann.personal(bo)
         sent = [await ann.say(chat_id, str(number)) for number in range(1, 6)]
         async with (
-            await ann.open(server) as hers,
-            await bo.open(server) as phone,
-            await bo.open(server) as laptop,
-            await eve.open(server) as stranger,
+            await ann.open(shared_server) as hers,
+            await bo.open(shared_server) as phone,
+            await bo.open(shared_server) as laptop,
+            await eve.open(shared_server) as stranger,
         ):
 
             async def mark(socket: SocketClient, type: str, number: int) -> str:
@@ -96,15 +96,15 @@ async def test_in_large_chats_marks_are_kept_and_told_to_those_who_ask(server: S
             assert (event["user_id"], event["seq"]) == (bo.id, latest["seq"])
 
 
-async def test_behind_a_block_marks_of_the_personal_chat_stay_private(server: Server) -> None:
-    async with server.client() as client:
+async def test_behind_a_block_marks_of_the_personal_chat_stay_private(shared_server: Server) -> None:
+    async with shared_server.client() as client:
         ann, bo, cy = await people(client, 3)
         chat_id, group = await ann.personal(bo), await ann.group(bo, cy)
         first, second = await ann.say(chat_id, "1"), await ann.say(chat_id, "2")
         in_group = await ann.say(group, "3")
         await bo.read(first)
         for blocker, blocked in ((ann, bo), (bo, ann)):
-            async with await ann.open(server) as hers, await bo.open(server) as his:
+            async with await ann.open(shared_server) as hers, await bo.open(shared_server) as his:
                 await blocker.block(blocked)
                 await his.send(type="message_delivered", chat_id=chat_id, message_id=second["id"], ref="d")
                 await his.wait(type="ack", ref="d")
@@ -113,7 +113,7 @@ async def test_behind_a_block_marks_of_the_personal_chat_stay_private(server: Se
                 assert (await ann.chat(chat_id))["peer_delivered_seq"] == 1
                 await blocker.unblock(blocked)
         await ann.block(bo)
-        async with await ann.open(server) as hers, await bo.open(server) as his:
+        async with await ann.open(shared_server) as hers, await bo.open(shared_server) as his:
             await bo.read(second)
             assert (await his.wait(type="read_mark"))["seq"] == 2
             assert (await bo.chat(chat_id))["unread_count"] == 0

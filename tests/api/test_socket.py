@@ -22,7 +22,10 @@ from websockets.typing import Origin
 from app.core.config import Settings
 from app.db.database import Database
 from app.db.models import Message
+from app.services.chat_log.changes import SendMessage
+from app.services.container import Services
 from tests.conftest import StartServer
+from tests.support.databases import ENGINES
 from tests.support.locks import held
 from tests.support.people import Json, contents, people
 from tests.support.replica import Replica, fetch
@@ -43,7 +46,12 @@ MARK_AS_READ = """{
   "chat_id": 1
 }"""
 
-both_doors = pytest.mark.parametrize("door", ["tuned", "plain"])
+# The doors differ in how bytes travel, not in what is stored: one database is enough for the plain one.
+both_doors = pytest.mark.parametrize(
+    ("settings", "door"),
+    [(engine, door) for engine in ENGINES for door in ("tuned", "plain") if "sqlite" in engine or door == "tuned"],
+    indirect=["settings"],
+)
 
 
 @asynccontextmanager
@@ -310,8 +318,9 @@ async def test_a_bad_frame_is_answered_and_harms_nobody(
             assert (await socket.wait(type="error"))["code"] == "binary_frame"
             await socket.send(type="resume", ref="first")
             await socket.send(type="resume", ref="second")
-            assert (await socket.wait(type="error", ref="second"))["code"] == "resume_in_progress"
             await socket.wait(type="resumed", ref="first")
+            second = await socket.wait(lambda event: event["type"] in ("error", "resumed"), ref="second")
+            assert second.get("code", "resume_in_progress") == "resume_in_progress"  # unless the first was quicker
             assert (await socket.say(chat_id, "alive"))["seq"] == 1
             assert (await other.wait(type="new_message"))["message"]["content"] == "alive"
             assert kinds(other) == ["hello", "new_message"]
@@ -361,16 +370,16 @@ async def test_too_many_frames_and_too_many_sockets(server: Server) -> None:
 # --- typing and presence ----------------------------------------------------------------------------------------
 
 
-async def test_typing_reaches_the_others_of_a_chat_and_nobody_else(server: Server) -> None:
-    async with server.client() as client:
+async def test_typing_reaches_the_others_of_a_chat_and_nobody_else(shared_server: Server) -> None:
+    async with shared_server.client() as client:
         ann, bo, cy, eve = await people(client, 4)
         group, personal = await ann.group(bo, cy), await ann.personal(bo)
         async with (
-            await ann.open(server) as phone,
-            await ann.open(server) as laptop,
-            await bo.open(server) as his,
-            await cy.open(server) as hers,
-            await eve.open(server) as stranger,
+            await ann.open(shared_server) as phone,
+            await ann.open(shared_server) as laptop,
+            await bo.open(shared_server) as his,
+            await cy.open(shared_server) as hers,
+            await eve.open(shared_server) as stranger,
         ):
             await phone.send(type="typing", chat_id=group)
             await phone.send(type="typing", chat_id=group, active=False)
@@ -401,12 +410,12 @@ async def test_typing_reaches_the_others_of_a_chat_and_nobody_else(server: Serve
             assert "error" not in kinds(phone) + kinds(his)
 
 
-async def test_presence_is_told_to_those_with_a_personal_chat_who_asked(server: Server) -> None:
-    async with server.client() as client:
+async def test_presence_is_told_to_those_with_a_personal_chat_who_asked(shared_server: Server) -> None:
+    async with shared_server.client() as client:
         ann, bo, cy = await people(client, 3)
         await ann.personal(bo)
         await ann.group(bo, cy)
-        async with await ann.open(server) as watcher, await cy.open(server) as stranger:
+        async with await ann.open(shared_server) as watcher, await cy.open(shared_server) as stranger:
             for socket in (watcher, stranger):
                 await socket.send(type="subscribe_presence", user_ids=[ann.id, bo.id, cy.id, 999_999], ref="s")
                 await socket.wait(type="ack", ref="s")
@@ -414,10 +423,10 @@ async def test_presence_is_told_to_those_with_a_personal_chat_who_asked(server: 
                 {"type": "presence", "user_id": bo.id, "online": False, "last_seen_at": None}
             ]
             watcher.inbox.clear()
-            async with await bo.open(server) as phone:
+            async with await bo.open(shared_server) as phone:
                 online = {"type": "presence", "user_id": bo.id, "online": True, "last_seen_at": None}
                 assert await watcher.wait(type="presence") == online
-                async with await bo.open(server):
+                async with await bo.open(shared_server):
                     pass
                 await phone.barrier()
             gone = await watcher.wait(type="presence")
@@ -427,14 +436,14 @@ async def test_presence_is_told_to_those_with_a_personal_chat_who_asked(server: 
             # A new list replaces the one before, and says how they are now.
             await watcher.send(type="subscribe_presence", user_ids=[])
             await watcher.wait(type="ack")
-            async with await bo.open(server):
+            async with await bo.open(shared_server):
                 await watcher.barrier()
                 assert "presence" not in [event["type"] for event in watcher.inbox]
                 await watcher.send(type="subscribe_presence", user_ids=[bo.id])
                 assert (await watcher.wait(type="presence"))["online"] is True
                 # A block ends it, in both directions and without a word.
                 await bo.block(ann)
-            async with await bo.open(server) as phone:
+            async with await bo.open(shared_server) as phone:
                 await phone.send(type="subscribe_presence", user_ids=[ann.id])
                 await phone.wait(type="ack")
                 await watcher.send(type="subscribe_presence", user_ids=[bo.id], ref="again")
@@ -511,17 +520,17 @@ async def test_a_token_that_runs_out_ends_its_socket_unless_it_is_renewed(server
             assert (await refusal(server.ws_url, additional_headers=ann.account.headers))[0] == 401
 
 
-async def test_a_session_that_ends_takes_its_sockets_along_and_no_others(server: Server) -> None:
-    async with server.client() as client:
+async def test_a_session_that_ends_takes_its_sockets_along_and_no_others(shared_server: Server) -> None:
+    async with shared_server.client() as client:
         [ann] = await people(client, 1)
         form = {"username": ann.account.phone, "password": ann.account.password}
         login = (await client.post("/api/v1/auth/token", data=form)).json()
         plant(login["access_token"], login["refresh_token"])
         headers = {"Authorization": f"Bearer {login['access_token']}"}
         async with (
-            await ann.open(server) as first,
-            await ann.open(server) as second,
-            socket_at(server.ws_url, additional_headers=headers) as other,
+            await ann.open(shared_server) as first,
+            await ann.open(shared_server) as second,
+            socket_at(shared_server.ws_url, additional_headers=headers) as other,
         ):
             await ann.do("POST", "/auth/logout")
             assert await first.wait_closed() == await second.wait_closed() == 4401
@@ -530,7 +539,7 @@ async def test_a_session_that_ends_takes_its_sockets_along_and_no_others(server:
             # Handshakes under way at that moment do not slip through.
             async def open_one() -> int | None:
                 try:
-                    connection = await connect(server.ws_url, additional_headers=headers)
+                    connection = await connect(shared_server.ws_url, additional_headers=headers)
                 except InvalidStatus as refused:
                     return refused.response.status_code
                 async with SocketClient(connection) as socket:
@@ -545,15 +554,15 @@ async def test_a_session_that_ends_takes_its_sockets_along_and_no_others(server:
 # --- joining, leaving, catching up ------------------------------------------------------------------------------
 
 
-async def test_joining_brings_a_chat_afresh_and_leaving_ends_it_at_once(server: Server) -> None:
-    async with server.client() as client:
+async def test_joining_brings_a_chat_afresh_and_leaving_ends_it_at_once(shared_server: Server) -> None:
+    async with shared_server.client() as client:
         ann, bo = await people(client, 2)
         group = await ann.group(title="Cooks")
         old = await ann.say(group, "old")
         async with (
-            await ann.open(server) as writer,
-            await bo.open(server) as phone,
-            await bo.open(server) as laptop,
+            await ann.open(shared_server) as writer,
+            await bo.open(shared_server) as phone,
+            await bo.open(shared_server) as laptop,
         ):
             await ann.add(group, bo)
             added = [await socket.wait(type="chat_added") for socket in (phone, laptop)]
@@ -708,12 +717,14 @@ async def test_resume_brings_each_chat_what_it_needs_over_socket_and_rest(server
 
 
 async def test_a_resume_over_rest_that_is_too_long_for_one_answer_goes_on(
-    client: httpx.AsyncClient,
+    client: httpx.AsyncClient, services: Services
 ) -> None:
     ann, bo = await people(client, 2)
     chats = [await ann.group(bo) for _ in range(6)]
-    for chat_id in chats:
-        await asyncio.gather(*(ann.say(chat_id, str(number)) for number in range(99)))
+    changes = [
+        SendMessage(chat_id, ann.id, uuid.uuid4().bytes, str(number)) for chat_id in chats for number in range(99)
+    ]
+    await asyncio.gather(*(services.writer.write(change) for change in changes))
     replica = Replica(bo.id)
     answers: list[list[Json]] = []
     while not answers or not answers[-1][-1]["complete"]:
