@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import NamedTuple, cast
 
-from sqlalchemy import ColumnElement, Table, insert, literal_column, select, text, tuple_, update
+from sqlalchemy import ColumnElement, Table, insert, literal_column, select, text, update
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
 
 from app.db.models import Chat, ChatMember, HiddenMessage, Message, User, UserPair
+from app.db.repositories.keys import key_conditions
 
 CHAT = cast(Table, Chat.__table__)
 MEMBER = cast(Table, ChatMember.__table__)
@@ -179,12 +180,17 @@ async def find_chats(executor: Executor, chat_ids: Sequence[int]) -> list[ChatRo
 async def find_by_client_ids(connection: AsyncConnection, keys: Sequence[tuple[int, int, bytes]]) -> list[MessageRow]:
     """Earlier messages with these (chat_id, sender_id, client_id)."""
     rows = ",".join(f"({chat_id:d},{sender_id:d},X'{client_id.hex()}')" for chat_id, sender_id, client_id in keys)
-    if not is_mysql(connection):
-        rows = f"VALUES {rows}"
     # Almost always there are none: look by the index alone, and read whole rows only of those found.
-    result = await connection.exec_driver_sql(
-        f"SELECT id FROM messages WHERE (chat_id, sender_id, client_id) IN ({rows})"  # noqa: S608 - integers, hex
-    )
+    if is_mysql(connection):
+        sql = f"SELECT id FROM messages WHERE (chat_id, sender_id, client_id) IN ({rows})"  # noqa: S608
+    else:
+        # SQLite would read the whole table for an IN of several columns.
+        sql = (
+            f"WITH v(chat_id, sender_id, client_id) AS (VALUES {rows})"  # noqa: S608
+            " SELECT m.id FROM v CROSS JOIN messages m"
+            " ON m.chat_id = v.chat_id AND m.sender_id = v.sender_id AND m.client_id = v.client_id"
+        )
+    result = await connection.exec_driver_sql(sql)
     ids = [row[0] for row in result]
     return await find_messages(connection, ids) if ids else []
 
@@ -197,10 +203,10 @@ async def find_messages(executor: Executor, message_ids: Sequence[int]) -> list[
 
 async def find_members(executor: Executor, keys: Sequence[tuple[int, int]]) -> list[MemberRow]:
     """Memberships, past ones included, by (chat_id, user_id)."""
-    if not keys:
-        return []
-    result = await executor.execute(select(*MEMBER_COLUMNS).where(tuple_(MEMBER.c.chat_id, MEMBER.c.user_id).in_(keys)))
-    return [MemberRow(*row) for row in result]
+    rows: list[MemberRow] = []
+    for condition in key_conditions(MEMBER.c.chat_id, MEMBER.c.user_id, keys):
+        rows.extend(MemberRow(*row) for row in await executor.execute(select(*MEMBER_COLUMNS).where(condition)))
+    return rows
 
 
 async def list_active_members(executor: Executor, chat_ids: Sequence[int]) -> list[tuple[int, int, str, int]]:
@@ -215,14 +221,12 @@ async def list_active_members(executor: Executor, chat_ids: Sequence[int]) -> li
 
 async def list_blocks(executor: Executor, pairs: Sequence[tuple[int, int]]) -> list[tuple[int, int, bool, bool]]:
     """(low_id, high_id, low_blocks_high, high_blocks_low) of pairs (low, high)."""
-    if not pairs:
-        return []
-    result = await executor.execute(
-        select(PAIR.c.low_id, PAIR.c.high_id, PAIR.c.low_blocks_high, PAIR.c.high_blocks_low).where(
-            tuple_(PAIR.c.low_id, PAIR.c.high_id).in_(pairs)
-        )
-    )
-    return [(row[0], row[1], row[2], row[3]) for row in result]
+    columns = (PAIR.c.low_id, PAIR.c.high_id, PAIR.c.low_blocks_high, PAIR.c.high_blocks_low)
+    rows: list[tuple[int, int, bool, bool]] = []
+    for condition in key_conditions(PAIR.c.low_id, PAIR.c.high_id, pairs):
+        result = await executor.execute(select(*columns).where(condition))
+        rows.extend((row[0], row[1], row[2], row[3]) for row in result)
+    return rows
 
 
 # --- writing ----------------------------------------------------------------------------------------------------
@@ -324,7 +328,8 @@ async def _update_from(
     """Update `table` from the rows of a VALUES clause; `{t}` stands for the table in `sets` and `on`."""
     if is_mysql(connection):
         assignments = ", ".join(f"t.{name} = {value}" for name, value in sets.items())
-        sql = f"UPDATE {table} t JOIN (VALUES {values}) AS v ({names}) ON {on} SET {assignments}"  # noqa: S608
+        # Straight: from the values to the rows. The other way round would look at, and lock, rows of strangers.
+        sql = f"UPDATE (VALUES {values}) AS v ({names}) STRAIGHT_JOIN {table} t ON {on} SET {assignments}"  # noqa: S608
         sql = sql.replace("{t}", "t")
     else:
         assignments = ", ".join(f"{name} = {value}" for name, value in sets.items())

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import NamedTuple, cast
 
-from sqlalchemy import Table, select, tuple_, union_all, update
+from sqlalchemy import Table, select, union_all, update
 from sqlalchemy.dialects import mysql, sqlite
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.db.models import UserPair
+from app.db.repositories.keys import key_conditions
 
 PAIR = cast(Table, UserPair.__table__)
 
@@ -93,10 +94,9 @@ async def _update_pair(session: AsyncSession, a: int, b: int, values: dict[str, 
 async def find_pairs(session: AsyncSession, user_id: int, other_ids: Sequence[int]) -> dict[int, PairRow]:
     """What stands between a person and others, by the others' ids; pairs without a row are left out."""
     keys = [pair_key(user_id, other_id) for other_id in other_ids]
-    if not keys:
-        return {}
-    result = await session.execute(select(*PAIR_COLUMNS).where(tuple_(PAIR.c.low_id, PAIR.c.high_id).in_(keys)))
-    pairs = [PairRow(*row) for row in result]
+    pairs: list[PairRow] = []
+    for condition in key_conditions(PAIR.c.low_id, PAIR.c.high_id, keys):
+        pairs.extend(PairRow(*row) for row in await session.execute(select(*PAIR_COLUMNS).where(condition)))
     return {pair.high_id if pair.low_id == user_id else pair.low_id: pair for pair in pairs}
 
 
