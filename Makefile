@@ -28,7 +28,7 @@ $(DEV): requirements-dev.txt requirements.txt $(CREATED)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@ $(RUNTIME)
 
-.PHONY: help run test check lint format venv mysql mysql-stop crash schemathesis bench clean
+.PHONY: help run test check lint format docs venv mysql mysql-stop crash schemathesis bench clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -51,6 +51,10 @@ lint: $(DEV) ## formatting, ruff, mypy and the import contracts
 format: $(DEV) ## format the code and mend what ruff can mend
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+docs: $(DEV) ## refresh the generated documents
+	$(BIN)/python scripts/settings_table.py --write
+	$(BIN)/python scripts/api_documents.py --write
 
 venv: $(DEV) ## make .venv with everything that tests and checks need
 

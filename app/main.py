@@ -11,7 +11,7 @@ from fastapi import FastAPI
 from starlette.responses import JSONResponse, RedirectResponse, Response
 
 from app import __version__
-from app.api import problems
+from app.api import problems, webhooks
 from app.api.graceful_stop import graceful_stop
 from app.api.middleware import middleware
 from app.api.v1 import auth, chats, health, messages, socket, users
@@ -55,7 +55,7 @@ def create_app(settings: Settings | None = None, clock: Clock | None = None) -> 
     app.include_router(health.router)
     app.add_api_route("/", root_of(settings), include_in_schema=False)
     generate = app.openapi
-    app.openapi = lambda: problems.describe(generate())  # type: ignore[method-assign] # FastAPI's way to extend it
+    app.openapi = lambda: webhooks.describe(problems.describe(generate()))  # type: ignore[method-assign] # FastAPI's way to extend it
     return app
 
 

@@ -7,14 +7,15 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import pytest
+import yaml
 
 from app.api.problems import CODES
 from app.core import errors
 from app.db import events
-from scripts import settings_table
+from scripts import api_documents, settings_table
 
 ROOT = Path(__file__).resolve().parents[1]
 PROTOCOL = (ROOT / "docs/protocol.md").read_text(encoding="utf-8")
@@ -121,6 +122,73 @@ def test_events_in_the_protocol_have_their_fields() -> None:
     assert len(shown) == len(fields)
     for event in shown:
         assert set(event) == fields[event["type"]], event["type"]
+
+
+# --- the documents for machines ---
+
+
+@pytest.fixture(scope="module")
+def openapi() -> Any:
+    return json.loads(api_documents.OPENAPI.read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def asyncapi() -> Any:
+    return yaml.safe_load(api_documents.ASYNCAPI.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("path", [api_documents.OPENAPI, api_documents.ASYNCAPI], ids=lambda path: path.name)
+def test_document_is_fresh(path: Path) -> None:
+    fresh = path.read_text(encoding="utf-8") == api_documents.documents()[path]
+    assert fresh, f"docs/{path.name} is not what the code says; run: make docs"  # their diff would fill the screen
+
+
+def test_asyncapi_has_every_command_and_event(asyncapi: Any) -> None:
+    assert asyncapi["asyncapi"] == "3.0.0"
+    for operation, union in (("receiveCommand", events.AnyCommand), ("sendEvent", events.AnyEvent)):
+        messages = [
+            _resolve(asyncapi, _resolve(asyncapi, message["$ref"])["$ref"])
+            for message in asyncapi["operations"][operation]["messages"]
+        ]
+        assert [message["name"] for message in messages] == _types(union)
+        for message in messages:
+            schema = _resolve(asyncapi, message["payload"]["$ref"])
+            assert schema["properties"]["type"]["const"] == message["name"]
+
+
+def test_openapi_has_every_event_as_a_webhook(openapi: Any) -> None:
+    assert list(openapi["webhooks"]) == _types(events.AnyEvent)
+    for name, webhook in openapi["webhooks"].items():
+        content = webhook["post"]["requestBody"]["content"]["application/json"]
+        assert _resolve(openapi, content["schema"]["$ref"])["properties"]["type"]["const"] == name
+
+
+@pytest.mark.parametrize("name", ["openapi", "asyncapi"])
+def test_references_resolve(name: str, request: pytest.FixtureRequest) -> None:
+    document = request.getfixturevalue(name)
+    references = set(_references(document))
+    assert len(references) > 40
+    for reference in references:
+        _resolve(document, reference)
+
+
+def _references(node: Any) -> Iterator[str]:
+    if isinstance(node, dict):
+        if isinstance(node.get("$ref"), str):
+            yield node["$ref"]
+        for value in node.values():
+            yield from _references(value)
+    elif isinstance(node, list):
+        for value in node:
+            yield from _references(value)
+
+
+def _resolve(document: Any, reference: str) -> Any:
+    root, *path = reference.split("/")
+    assert root == "#", reference
+    for part in path:
+        document = document[part]
+    return document
 
 
 # --- links ---
