@@ -43,6 +43,7 @@ MYSQL_SESSION = (
 )
 INSIST_SECONDS = 0.5
 """How long after a deadline its cancellation is repeated."""
+SQLITE_READERS = 4
 SQLITE_LOCK_SLICE_SECONDS = 0.25
 """SQLite waits for a lock in a thread that cannot be interrupted, so never for longer than this at a time."""
 LOCK_ERRORS = frozenset({1205, 1213, 3572})
@@ -99,6 +100,8 @@ class Database:
         self.settings = settings
         self.is_mysql = settings.uses_mysql
         self._lock_file: Any = None
+        # A storm of clients that catch up must leave half of the readers to everybody else.
+        self.bulk_reads = asyncio.Semaphore(max(1, (settings.db_pool_size if self.is_mysql else SQLITE_READERS) // 2))
         url = database_url(settings, driver="async")
         if self.is_mysql:
             connect = {
@@ -130,7 +133,7 @@ class Database:
         else:
             timeout = settings.db_timeout_seconds
             self.read_engine = create_async_engine(
-                url, pool_size=4, max_overflow=0, pool_timeout=timeout, connect_args={"timeout": timeout}
+                url, pool_size=SQLITE_READERS, max_overflow=0, pool_timeout=timeout, connect_args={"timeout": timeout}
             )
             self.write_engine = create_async_engine(
                 url,

@@ -21,6 +21,7 @@ from app.db.database import Database
 from app.db.events import AnyEvent, CatchUpEvent, HeartbeatEvent
 from app.db.repositories import accounts as accounts_repository
 from app.db.repositories import chats as chats_repository
+from app.db.repositories import sessions as sessions_repository
 from app.db.repositories.chats import ChatCursor
 from app.db.schemas import ResumeIn
 from app.services.chat_log.roster import Roster
@@ -71,6 +72,7 @@ class Connection:
         "_held_account",
         "_hold_all",
         "_manager",
+        "_paced",
         "_released",
         "_requests",
         "_task",
@@ -115,6 +117,8 @@ class Connection:
         self._task: asyncio.Task[None] | None = None
         self._drained: asyncio.Event | None = None
         self._flush_check = False
+        self._paced = 0
+        """Bytes of the page of catching up that the peer is reading: they do not count as slowness."""
 
     @property
     def user_id(self) -> int:
@@ -135,7 +139,7 @@ class Connection:
         if self.closing or not self.ready:
             return
         self.transport.send(frames)
-        if self.transport.unsent_bytes > self._manager.max_unsent_bytes and not self._flush_check:
+        if not self._flush_check and self.transport.unsent_bytes > self._manager.max_unsent_bytes + self._paced:
             # The bytes of this very turn are not on the wire yet: judge after the loop had its chance to write.
             self._flush_check = True
             asyncio.get_running_loop().call_later(0.05, self._close_if_slow)
@@ -147,7 +151,7 @@ class Connection:
 
     def _close_if_slow(self) -> None:
         self._flush_check = False
-        if not self.closing and self.transport.unsent_bytes > self._manager.max_unsent_bytes:
+        if not self.closing and self.transport.unsent_bytes > self._manager.max_unsent_bytes + self._paced:
             log.info("slow_reader_closed", extra={"user_id": self.user_id, "unsent": self.transport.unsent_bytes})
             self.close(CloseCode.SLOW, "reading too slowly")
 
@@ -248,6 +252,10 @@ class Connection:
         except Unavailable as error:
             log.info("catch_up_failed", extra={"user_id": self.user_id, "code": error.code})
             self.close(CloseCode.RESTART, "catching up failed")  # the client comes back and resumes
+        except Exception:
+            # Left open it would hold back its chats for ever.
+            log.exception("catch_up_failed")
+            self.close(CloseCode.RESTART, "catching up failed")
         finally:
             self._task = None
 
@@ -261,6 +269,7 @@ class Connection:
         async def flush() -> None:
             nonlocal size
             if payloads:
+                self._paced = size
                 self.send(Frames([payload for frames in payloads for payload in frames.payloads]))
                 payloads.clear()
                 size = 0
@@ -287,12 +296,14 @@ class Connection:
     async def _wait_drained(self) -> None:
         if self._drained is None:
             self._drained = asyncio.Event()
-        while not self.closing and self.transport.unsent_bytes > CATCH_UP_FLUSH_BYTES:
+        while not self.closing and (unsent := self.transport.unsent_bytes) > CATCH_UP_FLUSH_BYTES:
             self._drained.clear()
             try:
                 await asyncio.wait_for(self._drained.wait(), self._manager.catch_up_patience)
             except TimeoutError:
-                self.close(CloseCode.SLOW, "reading too slowly")
+                if self.transport.unsent_bytes >= unsent:  # however slowly: whoever reads may go on
+                    self.close(CloseCode.SLOW, "reading too slowly")
+        self._paced = 0
 
     def on_drained(self) -> None:
         """The transport has room again."""
@@ -325,13 +336,13 @@ class OnlineUser:
 class Channel:
     """A chat with members online here: the last version let out, and the connections that get the next."""
 
-    __slots__ = ("_audience", "chat_id", "connections", "heal_at", "version")
+    __slots__ = ("_audience", "chat_id", "connections", "healing", "version")
 
     def __init__(self, chat_id: int, version: int) -> None:
         self.chat_id = chat_id
         self.version = version
         self.connections: set[Connection] = set()
-        self.heal_at: float | None = None
+        self.healing = False
         self._audience: tuple[Roster, list[Connection]] | None = None
 
     def add(self, connection: Connection) -> None:
@@ -441,7 +452,7 @@ class ConnectionManager:
         return sum(len(user.connections) for user in self.users.values())
 
     def add(self, transport: Transport, user_id: int, session_id: int, expires_at: datetime) -> Connection:
-        """Register a new socket. It gets live events once `join` has told its chats."""
+        """Register a new socket. It gets live events once `load_chats` has told its chats."""
         user = self.users.get(user_id)
         came_online = user is None
         if user is None:
@@ -488,9 +499,11 @@ class ConnectionManager:
         """
         user.loading += 1
         try:
-            async with self._database.reading() as session:
+            async with self._database.bulk_reads, self._database.reading() as session:
                 account_version = await accounts_repository.account_versions(session, [user.id])
                 chats = await chats_repository.list_cursors(session, user.id)
+            if not user.connections:
+                return chats  # they left while this was read
             user.account_version = max(user.account_version, account_version.get(user.id, 0))
             current = {chat.chat_id for chat in chats}
             for chat_id in user.chats - current - user.moved:
@@ -592,14 +605,20 @@ class ConnectionManager:
         if not due:
             return
         versions: dict[int, int] = {}
+        ended: set[int] = set()
         try:
             async with self._database.reading() as session:
-                ids = sorted({connection.user_id for connection in due})
-                for start in range(0, len(ids), 1000):
-                    versions.update(await accounts_repository.account_versions(session, ids[start : start + 1000]))
+                for start in range(0, len(due), 1000):
+                    some = due[start : start + 1000]
+                    ids = sorted({connection.user_id for connection in some})
+                    versions.update(await accounts_repository.account_versions(session, ids))
+                    ended |= await sessions_repository.list_ended(session, [c.session_id for c in some])
         except Unavailable:
             log.info("heartbeat_without_database")  # memory still knows what was announced here
         for connection in due:
+            if connection.session_id in ended:  # by somebody who could not tell this process
+                connection.close(CloseCode.UNAUTHENTICATED, "session ended")
+                continue
             user = connection.user
             user.account_version = max(user.account_version, versions.get(user.id, 0))
             connection.next_heartbeat = now + self._settings.socket_heartbeat_seconds

@@ -152,6 +152,10 @@ class SocketReceiver(Receiver):
         except Unavailable:
             connection.close(CloseCode.RESTART, "the database does not answer")
             return
+        except Exception:
+            log.exception("greeting_failed")
+            connection.close(CloseCode.RESTART, "the server failed")  # rather than stay open and mute
+            return
         connection.ready = True
         connection.send_event(
             {
@@ -164,6 +168,8 @@ class SocketReceiver(Receiver):
                 "heartbeat_seconds": self._services.settings.socket_heartbeat_seconds,
             }
         )
+        if connection.closing or self._connections.draining:
+            return  # what waits here was never taken; its sender will find no answer and try again
         self._ready = True
         early, self._early = self._early, []
         for data in early:
@@ -178,15 +184,8 @@ class SocketReceiver(Receiver):
             else:
                 self._connection.close(CloseCode.FLOODING, "too many frames before hello")
             return
-        if self._bucket is not None and (wait := self._bucket.take()):
-            self._refused += 1
-            if self._refused > REFUSED_FRAMES_MAX:
-                self._connection.close(CloseCode.FLOODING, "too many frames")
-            else:
-                ref, client_id = _names_of(data)
-                self._fail(TooManyRequests("rate_limited", "Too many frames.", retry_after=wait), ref, client_id)
+        if not self._within_rate(data):
             return
-        self._refused = 0
         try:
             command = COMMANDS.validate_json(data)
         except ValidationError as error:
@@ -198,7 +197,21 @@ class SocketReceiver(Receiver):
             self._fail(error, command.ref, _client_id_of(command))
 
     def on_binary(self) -> None:
-        self._fail(BadInput("binary_frame", "Frames are JSON text."), None, None)
+        if self._within_rate(b""):
+            self._fail(BadInput("binary_frame", "Frames are JSON text."), None, None)
+
+    def _within_rate(self, data: bytes) -> bool:
+        """Whether this frame may be looked at; tells its sender when it may not."""
+        if self._bucket is None or not (wait := self._bucket.take()):
+            self._refused = 0
+            return True
+        self._refused += 1
+        if self._refused > REFUSED_FRAMES_MAX:
+            self._connection.close(CloseCode.FLOODING, "too many frames")
+        else:
+            error = TooManyRequests("rate_limited", "Too many frames.", retry_after=wait)
+            self._fail(error, *_names_of(data))
+        return False
 
     def on_drained(self) -> None:
         self._connection.on_drained()

@@ -135,3 +135,11 @@ async def prune_sessions(session: AsyncSession, user_id: int, before: datetime) 
     if session_ids := list(result.scalars()):
         await session.execute(delete(SESSION).where(SESSION.c.id.in_(session_ids)))
         await session.execute(delete(TOKEN).where(TOKEN.c.session_id.in_(session_ids)))
+
+
+async def list_ended(session: AsyncSession, session_ids: Sequence[int]) -> set[int]:
+    """Which of these sessions have ended."""
+    result = await session.execute(
+        select(SESSION.c.id).where(SESSION.c.id.in_(session_ids), SESSION.c.ended_at.is_not(None))
+    )
+    return set(result.scalars())

@@ -113,6 +113,7 @@ class _Batch:
         self.message_ids = iter(message_ids)
         self.now = appender.clock.now().replace(tzinfo=None)
         self.now_text = timestamp(self.now)
+        self.locked: set[int] = set()
         self.drafts: dict[int, _Draft] = {}
         self.earlier: dict[tuple[int, int, bytes], Done] = {}
         self.targets: dict[int, MessageRow] = {}
@@ -131,7 +132,7 @@ class _Batch:
         for change in self.changes:
             draft = self.drafts.get(change.chat_id)
             if draft is None:
-                outcomes.append(DEFERRED if skip_locked else chat_not_found())
+                outcomes.append(DEFERRED if change.chat_id in self.locked else chat_not_found())
                 continue
             try:
                 outcomes.append(self._apply(draft, change))
@@ -165,6 +166,9 @@ class _Batch:
         connection = self.connection
         chat_ids = sorted({change.chat_id for change in self.changes})
         rows = await repository.lock_chats(connection, chat_ids, skip_locked=skip_locked)
+        if skip_locked and len(rows) < len(chat_ids):
+            missing = set(chat_ids) - {row.id for row in rows}
+            self.locked = {row.id for row in await repository.find_chats(connection, sorted(missing))}
         rosters = {row.id: self.appender.rosters.get(row.id) for row in rows}
         moved = {change.chat_id for change in self.changes if isinstance(change, RosterMoved)}
         stale = [

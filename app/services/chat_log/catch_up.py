@@ -8,7 +8,6 @@ always safe to continue from.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator, Sequence
 
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -19,17 +18,17 @@ from app.db.events import CatchUpEvent, ResetEvent
 from app.db.repositories import accounts as accounts_repository
 from app.db.repositories import chat_log as repository
 from app.db.repositories import chats as chats_repository
-from app.db.repositories import users as users_repository
 from app.db.repositories.chat_log import MessageRow
 from app.db.repositories.chats import ChatCursor
-from app.db.schemas import Message, ResumeIn
+from app.db.schemas import MAX_ID, Message, ResumeIn
 from app.services.chat_log.views import chat_view, info_view, member_view, message_view
 from app.services.connection_manager import ConnectionManager, OnlineUser
-from app.services.user_service import user_view
+from app.services.user_service import users_seen_by
 
 PAGE_MESSAGES = 100
 PAGE_MEMBERS = 200
-CONCURRENT_READS = 8
+PAGE_BYTES = 64 * 1024
+"""Of text in a page: what a slow phone reads in a few seconds."""
 
 
 async def visible_messages(
@@ -38,6 +37,16 @@ async def visible_messages(
     """Messages as one member sees them: those they deleted for themselves are empty."""
     hidden = await repository.list_hidden(session, user_id, chat_id, [row.seq for row in rows])
     return [message_view(row, hidden=row.seq in hidden) for row in rows]
+
+
+def within_bytes(rows: Sequence[MessageRow]) -> Sequence[MessageRow]:
+    """The first of these messages, as many as PAGE_BYTES of text hold; at least one."""
+    size = 0
+    for index, row in enumerate(rows):
+        size += len(row.content.encode())
+        if index and size > PAGE_BYTES:
+            return rows[:index]
+    return rows
 
 
 class CatchUpService:
@@ -49,28 +58,27 @@ class CatchUpService:
         self._connections = connections
         self.epoch = ""
         """Names the database; read at start."""
-        # A storm of returning clients must leave the pool to those who send.
-        self._reads = asyncio.Semaphore(CONCURRENT_READS)
 
     async def chat(self, user_id: int, chat_id: int, since: int | None) -> AsyncIterator[CatchUpEvent]:
         """Everything of one chat after `since`, or the chat afresh; ends with `synced` or `chat_removed`."""
         reset: ResetEvent | None = None
-        async with self._reads, self._database.reading() as session:
+        async with self._database.bulk_reads, self._database.reading() as session:
             cursor = await chats_repository.find_cursor(session, chat_id, user_id)
-            if cursor is None:
-                yield {"type": "chat_removed", "account_version": None, "chat_id": chat_id}
-                return
-            afresh = (
+            afresh = cursor is not None and (
                 since is None
                 or since < cursor.joined_version  # left and joined again: what was missed was not theirs to see
                 or since > cursor.version
                 or cursor.version - since > self._settings.resume_max_changes
             )
-            if since is not None and not afresh:
+            if cursor is not None and since is not None and not afresh:
                 members = await repository.list_changed_members(session, chat_id, after=since, limit=PAGE_MEMBERS + 1)
                 afresh = len(members) > PAGE_MEMBERS
-            if since is None or afresh:
+            if cursor is not None and (since is None or afresh):
                 reset = await self._reset(session, user_id, cursor)
+        # Nothing is handed out while a reader is held: the peer may take its time.
+        if cursor is None:
+            yield {"type": "chat_removed", "account_version": None, "chat_id": chat_id}
+            return
         if reset is not None:
             yield reset
         elif since is None or afresh:
@@ -102,9 +110,10 @@ class CatchUpService:
             limit=PAGE_MESSAGES,
         )
         members = await chats_repository.list_members(session, chat_id, after=0, limit=PAGE_MEMBERS)
+        newest = list(within_bytes(newest[::-1]))[::-1]
         messages = await visible_messages(session, user_id, chat_id, newest)
         people = {row.user_id for row in members} | {message["sender_id"] for message in messages}
-        users = await users_repository.list_users(session, sorted(people))
+        users = await users_seen_by(session, user_id, sorted(people))
         # Asked again, now that all is read: nothing said after somebody was removed may reach them.
         still = await chats_repository.find_cursor(session, chat_id, user_id)
         if still is None or still.joined_version != cursor.joined_version:
@@ -117,23 +126,22 @@ class CatchUpService:
             "messages": messages,
             "members": [member_view(row) for row in members],
             "members_complete": len(members) >= chat["member_count"],
-            "users": [user_view(row) for row in users],
+            "users": users,
         }
 
     async def _changes(self, user_id: int, cursor: ChatCursor, since: int) -> AsyncIterator[CatchUpEvent]:
         chat_id, target = cursor.chat_id, cursor.version
         after = since
         while after < target:
-            async with self._reads, self._database.reading() as session:
+            async with self._database.bulk_reads, self._database.reading() as session:
                 member = await chats_repository.find_membership(session, chat_id, user_id)
-                if member is None or member.joined_version > since:
-                    yield {"type": "chat_removed", "account_version": None, "chat_id": chat_id}
-                    return
-                rows = await repository.list_changed_messages(
-                    session, chat_id, after=after, visible_from=member.visible_from_seq, limit=PAGE_MESSAGES
+                visible_from = member.visible_from_seq if member else MAX_ID
+                found = await repository.list_changed_messages(
+                    session, chat_id, after=after, visible_from=visible_from, limit=PAGE_MESSAGES
                 )
+                rows = within_bytes(found)
                 upto = target
-                if len(rows) == PAGE_MESSAGES:
+                if len(rows) < len(found) or len(found) == PAGE_MESSAGES:
                     upto = min(target, rows[-1].version)
                 members = await repository.list_changed_members(session, chat_id, after=after, limit=PAGE_MEMBERS * 10)
                 messages = await visible_messages(session, user_id, chat_id, rows)
@@ -196,7 +204,7 @@ class CatchUpService:
         known = {int(chat_id): version for chat_id, version in state.chats.items()}
         mine = {cursor.chat_id for cursor in cursors}
         same_epoch = state.epoch is None or state.epoch == self.epoch
-        async with self._reads, self._database.reading() as session:
+        async with self._database.bulk_reads, self._database.reading() as session:
             account_version = (await accounts_repository.account_versions(session, [user_id])).get(user_id, 0)
             account_events: list[CatchUpEvent] = []
             if state.account_version != account_version or not same_epoch:

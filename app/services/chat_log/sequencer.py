@@ -28,6 +28,7 @@ HOLE_SECONDS = 0.1
 """How long an early version waits for the one before it."""
 SWEEP_WINDOW_SECONDS = 30
 HEAL_ROWS = 500
+HEAL_CHARS = 64 * 1024
 
 
 class Sequencer:
@@ -49,6 +50,7 @@ class Sequencer:
         self._connections = connections
         self._early: dict[int, list[Announcement]] = {}
         self._behind: dict[int, int] = {}
+        self._swept = clock.monotonic()
         self._task: asyncio.Task[None] | None = None
         self.healed = 0
 
@@ -85,8 +87,8 @@ class Sequencer:
             early = self._early.setdefault(chat_id, [])
             early.append(announcement)
             early.sort(key=lambda waiting: waiting.prev)
-            if channel.heal_at is None:
-                channel.heal_at = self._clock.monotonic() + HOLE_SECONDS
+            if not channel.healing:
+                channel.healing = True
                 self._connections.spawn(self._heal_later(channel), "heal")
             return
         self._release(channel, announcement)
@@ -124,19 +126,20 @@ class Sequencer:
 
     async def _heal_later(self, channel: Channel) -> None:
         """Wait for the missing version a moment, then read it; keep at it while the database is away."""
-        while self._connections.channels.get(channel.chat_id) is channel:
-            await asyncio.sleep(HOLE_SECONDS)
-            early = self._early.get(channel.chat_id)
-            if not early:
-                break
-            try:
-                await self.heal(channel)
-            except Unavailable:
-                continue
-            self._release_early(channel)
-        channel.heal_at = None
-        if self._connections.channels.get(channel.chat_id) is not channel:
-            self._early.pop(channel.chat_id, None)  # nobody is left to hear it
+        try:
+            while self._connections.channels.get(channel.chat_id) is channel:
+                await asyncio.sleep(HOLE_SECONDS)
+                if not self._early.get(channel.chat_id):
+                    break
+                try:
+                    await self.heal(channel)
+                except Unavailable:
+                    continue
+                self._release_early(channel)
+        finally:
+            channel.healing = False
+            if self._connections.channels.get(channel.chat_id) is not channel:
+                self._early.pop(channel.chat_id, None)  # nobody is left to hear it
 
     async def heal(self, channel: Channel) -> None:
         """Read what was not let out from the database and let it out as one `chat_changes`."""
@@ -160,7 +163,8 @@ class Sequencer:
         self._rosters.put(roster)
         self.healed += 1
         log.warning("hole_healed", extra={"chat_id": chat_id, "prev": prev, "version": chat.version})
-        if len(messages) > HEAL_ROWS or len(members) > HEAL_ROWS:
+        size = sum(len(row.content) for row in messages)
+        if len(messages) > HEAL_ROWS or len(members) > HEAL_ROWS or size > HEAL_CHARS:
             # Too much for one frame: each connection catches up at its own pace.
             channel.version = chat.version
             self._follow_members(roster, channel)
@@ -201,20 +205,24 @@ class Sequencer:
         """Heal chats whose changes were committed but not let out since the sweep before this one."""
         if not self._connections.channels:
             return
+        began = self._clock.monotonic()
+        # After an outage the window reaches back to before it: what was committed then may be announced by nobody.
+        window = SWEEP_WINDOW_SECONDS + began - self._swept
         async with self._database.reading() as session:
-            changed = await repository.list_changed_chats(session, SWEEP_WINDOW_SECONDS)
-        behind: dict[int, int] = {}
-        for chat_id, version in changed:
+            changed = await repository.list_changed_chats(session, window)
+        self._swept = began
+        candidates = {**self._behind, **dict(changed)}
+        for chat_id, version in candidates.items():
             channel = self._connections.channels.get(chat_id)
             if channel is None or channel.version >= version:
-                continue
-            # What the last sweep saw already is lost; what is new may just be on its way.
-            if channel.version < self._behind.get(chat_id, 0):
+                self._behind.pop(chat_id, None)
+            elif channel.version < self._behind.get(chat_id, 0):
+                # What the last sweep saw already is lost; what is new may just be on its way.
                 await self.heal(channel)
                 self._release_early(channel)
+                self._behind.pop(chat_id, None)
             else:
-                behind[chat_id] = version
-        self._behind = behind
+                self._behind[chat_id] = version
 
 
 def _without_unseen(announcement: Announcement, visible_from: int) -> list[ChatEvent]:

@@ -1,9 +1,10 @@
 """The group-committing writer: what arrives from all connections during one commit is the next transaction.
 
-No timer: an idle server commits a lone message at once, a busy one a few hundred together. An outcome is told after
-the commit, never before. A transaction that fails for the database's reasons is tried again with the same client
-ids, so that a commit whose outcome is unknown still makes one row; one that fails for its content is bisected, so
-that one poisoned change fails alone.
+No timer: an idle server commits a lone message at once, a busy one a few hundred together. On MySQL two batches may
+be under way, never with the same chat in both: one is worked out while the other waits for the disk. An outcome is
+told after the commit, never before. A transaction that fails for the database's reasons is tried again with the same
+client ids, so that a commit whose outcome is unknown still makes one row; one that fails for its content is bisected,
+so that one poisoned change fails alone.
 """
 
 from __future__ import annotations
@@ -20,10 +21,9 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from app.core.clock import Clock
 from app.core.config import Settings
-from app.core.errors import DialectError, Unavailable, chat_not_found
+from app.core.errors import DialectError, Unavailable
 from app.core.ids import IdAllocator
 from app.db.database import Database, deadline, describe, is_transient
-from app.db.repositories import chat_log as repository
 from app.services.chat_log.append import Appender
 from app.services.chat_log.changes import Appended, Change, Deferred, Done, SendMessage
 
@@ -71,7 +71,10 @@ class Writer:
         self._ids = ids
         self._announce = announce
         self._queue: deque[_Pending] = deque()
-        self._batch: list[_Pending] = []
+        self._batches: dict[int, list[_Pending]] = {}
+        self._busy: set[int] = set()
+        """Chats of the batches under way: what comes for them waits, or it could overtake."""
+        self._lanes = 2 if database.is_mysql else 1
         self._wake = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -81,7 +84,7 @@ class Writer:
     def start(self) -> None:
         """Begin committing."""
         self._tasks = [
-            asyncio.create_task(self._run(), name="writer"),
+            *(asyncio.create_task(self._run(lane), name=f"writer-{lane}") for lane in range(self._lanes)),
             asyncio.create_task(self._expire(), name="writer-deadlines"),
         ]
 
@@ -90,7 +93,7 @@ class Writer:
         self._stopping = True
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self.drained(), STOP_SECONDS)
-        for pending in (*self._batch, *self._queue):
+        for pending in self._all():
             pending.settle(_shutting_down())
         for task in self._tasks:
             task.cancel()
@@ -104,7 +107,10 @@ class Writer:
     @property
     def waiting(self) -> int:
         """Changes not yet committed."""
-        return len(self._queue) + len(self._batch)
+        return len(self._all())
+
+    def _all(self) -> list[_Pending]:
+        return [*(pending for batch in self._batches.values() for pending in batch), *self._queue]
 
     def submit(self, change: Change, on_done: OnDone) -> None:
         """Queue a change; `on_done` is called with what came of it, after the commit.
@@ -118,7 +124,8 @@ class Writer:
         deadline = self._clock.monotonic() + self._settings.write_timeout_seconds
         self._queue.append(_Pending(change, on_done, deadline))
         self._idle.clear()
-        self._wake.set()
+        if change.chat_id not in self._busy:
+            self._wake.set()
 
     async def write(self, change: Change) -> Done:
         """Queue a change and wait for it. Never call this while holding a transaction: on SQLite it would wait
@@ -137,34 +144,61 @@ class Writer:
 
     # --- the loop ---
 
-    async def _run(self) -> None:
+    async def _run(self, lane: int) -> None:
         while True:
             await self._wake.wait()
-            self._wake.clear()
-            while self._queue:
-                size = min(len(self._queue), self._settings.writer_batch_max)
-                self._batch = [pending for pending in (self._queue.popleft() for _ in range(size)) if pending.on_done]
-                try:
-                    await self._commit(self._batch)
-                except Exception:
-                    log.exception("writer_failed")
-                    for pending in self._batch:
-                        pending.settle(DialectError("internal_error", "The server failed to store this."))
-                self._batch = []
+            batch = self._take()
+            if not batch:
+                self._wake.clear()
+                continue
+            chats = {pending.change.chat_id for pending in batch}
+            self._batches[lane] = batch
+            self._busy |= chats
+            deferred: list[_Pending] = []
+            try:
+                deferred = await self._commit(batch)
+            except Exception:
+                log.exception("writer_failed")
+                for pending in batch:
+                    pending.settle(DialectError("internal_error", "The server failed to store this."))
+            if len(deferred) == len(batch):
+                await asyncio.sleep(0.005)  # nothing but locked chats: let their holder finish
+            self._queue.extendleft(reversed(deferred))
+            self._busy -= chats
+            del self._batches[lane]
+            if self._queue:
+                self._wake.set()
+            elif not self._batches:
+                self._idle.set()
+
+    def _take(self) -> list[_Pending]:
+        """The next batch: what is first in line, without the chats that are busy, and in order."""
+        batch: list[_Pending] = []
+        kept: list[_Pending] = []
+        while self._queue and len(batch) < self._settings.writer_batch_max:
+            pending = self._queue.popleft()
+            if pending.change.chat_id in self._busy:
+                kept.append(pending)
+            elif pending.on_done is not None:
+                batch.append(pending)
+        self._queue.extendleft(reversed(kept))
+        if not batch and not self._queue and not self._batches:
             self._idle.set()
+        return batch
 
     async def _expire(self) -> None:
         """Answer for changes that the database keeps waiting: nobody hangs, and a retry is safe."""
         while True:
             await asyncio.sleep(0.25)
             now = self._clock.monotonic()
-            late = [pending for pending in (*self._batch, *self._queue) if pending.deadline <= now]
-            for pending in late:
-                pending.settle(
-                    Unavailable("database_unavailable", "The database does not answer; try again.", retry_after=2)
-                )
+            for pending in self._all():
+                if pending.deadline <= now:
+                    pending.settle(
+                        Unavailable("database_unavailable", "The database does not answer; try again.", retry_after=2)
+                    )
 
-    async def _commit(self, batch: Sequence[_Pending]) -> None:
+    async def _commit(self, batch: Sequence[_Pending]) -> list[_Pending]:
+        """Commit a batch, whatever it takes until its deadlines. Returns what met a lock, in order."""
         pause = 0.02
         while batch := [pending for pending in batch if pending.on_done is not None]:
             try:
@@ -173,17 +207,14 @@ class Writer:
                 transient = isinstance(error, (Unavailable, OSError, TimeoutError, PoolTimeoutError)) or (
                     isinstance(error, DBAPIError) and is_transient(error)
                 )
-                if transient:
-                    log.warning("batch_retried", extra={"changes": len(batch), "error": describe(error)})
-                    await asyncio.sleep(pause)
-                    pause = min(pause * 2, 0.5)
-                    continue
-                await self._bisect(batch, error)
-                return
-            self._tell(batch, appended)
-            if any(isinstance(outcome, Deferred) for outcome in appended.outcomes):
-                await self._requeue(batch, appended)
-            return
+                if not transient:
+                    return await self._bisect(batch, error)
+                log.warning("batch_retried", extra={"changes": len(batch), "error": describe(error)})
+                await asyncio.sleep(pause)
+                pause = min(pause * 2, 0.5)
+            else:
+                return self._tell(batch, appended)
+        return []
 
     async def _transact(self, batch: Sequence[_Pending]) -> Appended:
         changes = [pending.change for pending in batch]
@@ -195,46 +226,35 @@ class Writer:
         ):
             return await self._appender.append(connection, changes, ids, skip_locked=True)
 
-    def _tell(self, batch: Sequence[_Pending], appended: Appended) -> None:
-        """Truth before talk: the transaction is committed; acknowledge, then announce."""
+    def _tell(self, batch: Sequence[_Pending], appended: Appended) -> list[_Pending]:
+        """Truth before talk: the transaction is committed; acknowledge, then announce. Returns what met a lock."""
+        deferred: list[_Pending] = []
         for pending, outcome in zip(batch, appended.outcomes, strict=True):
-            if not isinstance(outcome, Deferred):
+            if isinstance(outcome, Deferred):
+                deferred.append(pending)
+            else:
                 pending.settle(outcome)
         try:
             self._announce(appended)
         except Exception:
             log.exception("announce_failed")  # the sweep finds what was not let out
+        return deferred
 
-    async def _bisect(self, batch: Sequence[_Pending], error: Exception) -> None:
+    async def _bisect(self, batch: Sequence[_Pending], error: Exception) -> list[_Pending]:
         if len(batch) == 1:
             if isinstance(error, DBAPIError):
                 log.error("change_refused_by_database", extra={"error": describe(error)})
             else:
                 log.error("change_failed", exc_info=error)
             batch[0].settle(DialectError("internal_error", "The server failed to store this."))
-            return
+            return []
         middle = len(batch) // 2
-        await self._commit(batch[:middle])
-        await self._commit(batch[middle:])
-
-    async def _requeue(self, batch: Sequence[_Pending], appended: Appended) -> None:
-        """Put back, in order and first in line, what met a lock; refuse what has no chat at all."""
-        deferred = [
-            pending for pending, outcome in zip(batch, appended.outcomes, strict=True) if isinstance(outcome, Deferred)
-        ]
-        chat_ids = sorted({pending.change.chat_id for pending in deferred})
-        try:
-            async with self._database.reading() as session:
-                existing = {row.id for row in await repository.find_chats(session, chat_ids)}
-        except Unavailable:
-            existing = set(chat_ids)  # unknown: the next round, or the deadline, decides
-        for pending in reversed(deferred):
-            if pending.change.chat_id in existing:
-                self._queue.appendleft(pending)
-            else:
-                pending.settle(chat_not_found())
-        if len(deferred) == len(batch):
-            await asyncio.sleep(0.005)  # nothing but locked chats: let their holder finish
+        deferred = await self._commit(batch[:middle])
+        # What follows in a chat that was just found locked must not overtake, should the lock be free by now.
+        locked = {pending.change.chat_id for pending in deferred}
+        rest = batch[middle:]
+        deferred += [pending for pending in rest if pending.change.chat_id in locked]
+        return deferred + await self._commit([pending for pending in rest if pending.change.chat_id not in locked])
 
 
 def _shutting_down() -> Unavailable:
