@@ -223,7 +223,9 @@ class Keeper:
         self.rng = random.Random(crowd.rng.random())
         self.replica = Replica(account.id)
         self.ledger = Ledger(crowd.folder / f"{number}.ledger")
-        self.rooms = crowd.rooms_of(account.id)
+        rooms = crowd.rooms_of(account.id)
+        # Most is said between two: a group's messages, to everybody's devices, would be nearly all the work.
+        self.rooms = [*rooms, *(room for room in rooms if len(room.members) == 2)]
         self.finished = asyncio.Event()
         """Nothing is under way and nothing more will be begun."""
         self.said = 0
