@@ -24,7 +24,7 @@ from app.services.chat_log.roster import Roster
 from app.services.chat_log.views import chat_view, member_view
 from app.services.rate_limiter import RateLimiter
 from app.services.unit_of_work import UnitOfWork
-from app.services.user_service import user_view
+from app.services.user_service import users_seen_by
 
 CHAT_CURSOR = (int, int)
 """Microseconds of the last activity since 1970, chat id."""
@@ -45,7 +45,7 @@ class ChatService:
     # --- reading ---
 
     async def list_chats(self, user_id: int, *, cursor: str | None, limit: int) -> ChatPage:
-        """A page of one's chats by last activity, newest first, in two queries whatever its length."""
+        """A page of one's chats by last activity, newest first, in few queries whatever its length."""
         limit = min(limit, self._settings.page_size_max)
         before: tuple[datetime, int] | None = None
         if cursor is not None:
@@ -57,10 +57,10 @@ class ChatService:
             rows = rows[:limit]
             people = {row.peer_id for row in rows if row.peer_id is not None}
             people |= {row.last_message.sender_id for row in rows if row.last_message is not None}
-            users = await users_repository.list_users(session, sorted(people))
+            users = await users_seen_by(session, user_id, sorted(people))
         return {
             "items": [chat_view(row) for row in rows],
-            "users": [user_view(row) for row in users],
+            "users": users,
             "next": _place(rows[-1]) if more else None,
         }
 
@@ -86,10 +86,10 @@ class ChatService:
             rows = await chats_repository.list_members(session, chat_id, after=after, limit=limit + 1)
             more = len(rows) > limit
             rows = rows[:limit]
-            users = await users_repository.list_users(session, [row.user_id for row in rows])
+            users = await users_seen_by(session, user_id, [row.user_id for row in rows])
         return {
             "items": [member_view(row) for row in rows],
-            "users": [user_view(row) for row in users],
+            "users": users,
             "version": version,
             "next": encode_cursor(rows[-1].user_id) if more else None,
         }

@@ -113,6 +113,8 @@ class MessageService:
             )
             if len(self._buckets) > LIMITED_ACCOUNTS_MAX:
                 self._buckets.popitem(last=False)
+        else:
+            self._buckets.move_to_end(user_id)  # who is silent for longest makes room
         if wait := bucket.take():
             raise TooManyRequests("rate_limited", "Too many messages; slow down.", retry_after=wait)
 

@@ -69,6 +69,15 @@ def user_view(row: UserRow) -> User:
     }
 
 
+async def users_seen_by(session: AsyncSession, viewer_id: int, user_ids: Sequence[int]) -> list[User]:
+    """People whom somebody shares a chat with, as they may see them: across a block without the bio."""
+    rows = await user_repository.list_users(session, user_ids)
+    # The blocks last: what somebody writes after they blocked must not be read with the blocks from before.
+    pairs = await pair_repository.find_pairs(session, viewer_id, [row.id for row in rows])
+    apart = {user_id for user_id, pair in pairs.items() if pair.any_block}
+    return [user_view(row._replace(bio="") if row.id in apart else row) for row in rows]
+
+
 def me_view(row: UserRow) -> Me:
     """A person as they see themselves."""
     return {

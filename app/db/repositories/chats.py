@@ -248,10 +248,16 @@ async def list_messages(
 
 
 async def list_readers(session: AsyncSession, chat_id: int, seq: int) -> list[tuple[int, int, int, datetime | None]]:
-    """(user_id, read_seq, delivered_seq, read_at) of members whom a message has reached."""
+    """(user_id, read_seq, delivered_seq, read_at) of members whom a message has reached.
+
+    Not of those who came later: their marks begin at the end of the chat.
+    """
     result = await session.execute(
         select(MEMBER.c.user_id, MEMBER.c.read_seq, MEMBER.c.delivered_seq, MEMBER.c.read_at).where(
-            MEMBER.c.chat_id == chat_id, MEMBER.c.left_seq.is_(None), MEMBER.c.delivered_seq >= seq
+            MEMBER.c.chat_id == chat_id,
+            MEMBER.c.left_seq.is_(None),
+            MEMBER.c.joined_seq <= seq,
+            MEMBER.c.delivered_seq >= seq,
         )
     )
     return [(row[0], row[1], row[2], row[3]) for row in result]
