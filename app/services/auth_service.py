@@ -6,7 +6,7 @@ once, fetches the next pair. Passwords are hashed outside any transaction.
 
 from __future__ import annotations
 
-import contextlib
+import asyncio
 import ipaddress
 import logging
 import unicodedata
@@ -15,7 +15,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
+from itertools import islice
 from typing import NamedTuple
+
+from sqlalchemy import update
 
 from app.core import security
 from app.core.bloom_filter import UsernameFilter
@@ -41,6 +44,9 @@ log = logging.getLogger(__name__)
 CACHE_SECONDS = 60.0
 """For so long a session is believed alive without asking; what ends here is forgotten at once."""
 CACHED_SESSIONS = 50_000
+SEEN_DELAY_SECONDS = 1.0
+SEEN_BATCH = 5_000
+"""So many uses of sessions are stored by one statement."""
 TICKETS = 10_000
 TICKETS_PER_SESSION = 10
 
@@ -94,6 +100,10 @@ class AuthService:
         self._secret_key = settings.secret_key.get_secret_value().encode()
         self._alive: OrderedDict[int, _Alive] = OrderedDict()
         self._endings = 0
+        self._seen: dict[int, datetime] = {}
+        """When sessions were last used, as long as it is not stored."""
+        self._storing = asyncio.Lock()
+        self._later: asyncio.Task[None] | None = None
         self._tickets: OrderedDict[bytes, _OpenTicket] = OrderedDict()
 
     # --- coming in ---
@@ -179,7 +189,7 @@ class AuthService:
         return (phone, address) if known else (phone,)
 
     async def _make_room(self, uow: UnitOfWork, user_id: int) -> None:
-        alive = await session_repository.list_alive(uow.session, user_id, self._now())
+        alive = self._with_seen(await session_repository.list_alive(uow.session, user_id, self._now()))
         if surplus := [row.id for row in alive[self.settings.max_sessions_per_user - 1 :]]:
             await self._end(uow, surplus, "too_many")
 
@@ -283,10 +293,54 @@ class AuthService:
             while len(self._alive) > CACHED_SESSIONS:
                 self._alive.popitem(last=False)
         if now - row.last_seen_at >= timedelta(seconds=CACHE_SECONDS):
-            with contextlib.suppress(Unavailable):  # nobody is turned away for want of a time stamp
-                async with self.unit_of_work() as uow:
-                    await session_repository.touch_session(uow.session, session_id, now)
+            self._saw(session_id, now)
         return alive
+
+    # --- when sessions were last used ---
+
+    def _saw(self, session_id: int, now: datetime) -> None:
+        """A session was used: stored soon, with others, for nobody waits for a time stamp."""
+        if len(self._seen) < CACHED_SESSIONS:
+            self._seen[session_id] = now
+        if self._later is None or self._later.done():
+            self._later = asyncio.create_task(self._store_later(), name="sessions-seen")
+
+    async def _store_later(self) -> None:
+        while self._seen:
+            await asyncio.sleep(SEEN_DELAY_SECONDS)
+            await self._store_seen()
+
+    async def _store_seen(self) -> None:
+        """Store what is not yet, and wait for what is being stored already. What fails is left to the next use."""
+        async with self._storing:
+            while batch := dict(islice(self._seen.items(), SEEN_BATCH)):
+                statement = update(session_repository.SESSION).where(session_repository.SESSION.c.id.in_(sorted(batch)))
+                try:
+                    async with self.unit_of_work() as uow:
+                        await uow.session.execute(statement.values(last_seen_at=max(batch.values())))
+                except Exception as error:
+                    if isinstance(error, Unavailable):
+                        log.info("sessions_seen_not_stored", extra={"sessions": len(self._seen)})
+                    else:
+                        log.exception("sessions_seen_not_stored", extra={"sessions": len(self._seen)})
+                    self._seen.clear()
+                for session_id, at in batch.items():
+                    if self._seen.get(session_id) == at:
+                        del self._seen[session_id]
+
+    def _with_seen(self, rows: Sequence[SessionRow]) -> list[SessionRow]:
+        """Sessions with the uses that are not stored yet, the last used first."""
+        fresh = [
+            row._replace(last_seen_at=max(row.last_seen_at, self._seen.get(row.id, row.last_seen_at))) for row in rows
+        ]
+        return sorted(fresh, key=lambda row: (row.last_seen_at, row.id), reverse=True)
+
+    async def close(self) -> None:
+        """Store what is not yet; before the database closes."""
+        await self._store_seen()
+        if self._later is not None:
+            self._later.cancel()
+            await asyncio.gather(self._later, return_exceptions=True)
 
     # --- going out ---
 
@@ -298,7 +352,7 @@ class AuthService:
     async def list_sessions(self, caller: Caller) -> list[Device]:
         """The devices of the caller's account, the last used first."""
         async with self.database.reading() as reading:
-            rows = await session_repository.list_alive(reading, caller.user_id, self._now())
+            rows = self._with_seen(await session_repository.list_alive(reading, caller.user_id, self._now()))
         return [
             {
                 "id": row.id,

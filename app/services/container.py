@@ -83,8 +83,10 @@ class Services:
     async def stop(self) -> None:
         """Finish what was begun and give everything back; also after a start that failed half-way."""
         await self.writer.stop()
+        await self.presence.flush()
         await self.connections.stop()
         await self.sequencer.stop()
+        await self.auth.close()
         self.hasher.close()
         await self.database.close()
 

@@ -33,8 +33,10 @@ class PresenceService:
         self._database = database
         self._connections = connections
         self._watchers: dict[int, set[Connection]] = {}
+        self._separations = 0
         self._gone: set[int] = set()
-        self._flush: asyncio.Task[None] | None = None
+        self._storing = asyncio.Lock()
+        self._later: asyncio.Task[None] | None = None
         connections.presence_listeners.append(self._on_presence)
 
     async def subscribe(self, connection: Connection, user_ids: Sequence[int]) -> None:
@@ -45,12 +47,18 @@ class PresenceService:
         limit = self._settings.max_presence_subscriptions
         if len(user_ids) > limit:
             raise BadInput("too_many_subscriptions", f"At most {limit} people can be watched.", field="user_ids")
-        async with self._database.reading() as session:
-            pairs = await pairs_repository.find_pairs(session, connection.user_id, user_ids)
-            allowed = [user_id for user_id, pair in pairs.items() if pair.chat_id is not None and not pair.any_block]
-            rows = await users_repository.list_users(session, allowed)
-        if connection.closing:
-            return
+        while True:
+            separations = self._separations
+            async with self._database.reading() as session:
+                pairs = await pairs_repository.find_pairs(session, connection.user_id, user_ids)
+                allowed = [
+                    user_id for user_id, pair in pairs.items() if pair.chat_id is not None and not pair.any_block
+                ]
+                rows = await users_repository.list_users(session, allowed)
+            if connection.closing:
+                return
+            if separations == self._separations:
+                break  # else what was read may be older than a block
         self.forget(connection)
         connection.watching = frozenset(row.id for row in rows)
         for row in rows:
@@ -67,6 +75,7 @@ class PresenceService:
 
     def separate(self, user_id: int, other_id: int) -> None:
         """A block came between two: neither sees the other any more."""
+        self._separations += 1
         for watcher, watched in ((user_id, other_id), (other_id, user_id)):
             for connection in list(self._watchers.get(watched, ())):
                 if connection.user_id == watcher:
@@ -84,8 +93,8 @@ class PresenceService:
         now = self._clock.now()
         if not online:
             self._gone.add(user_id)
-            if self._flush is None or self._flush.done():
-                self._flush = self._connections.start_task(self._store_last_seen(), "last-seen")
+            if self._later is None or self._later.done():
+                self._later = self._connections.start_task(self._flush_later(), "last-seen")
         watchers = self._watchers.get(user_id)
         if watchers:
             event: PresenceEvent = {
@@ -98,18 +107,23 @@ class PresenceService:
             for connection in watchers:
                 connection.send_droppable(frames)
 
-    async def _store_last_seen(self) -> None:
+    async def _flush_later(self) -> None:
         """Store when people went, a second's worth at once: a thousand may drop together."""
-        await asyncio.sleep(LAST_SEEN_DELAY_SECONDS)
         while self._gone:
-            gone = [user_id for user_id in self._gone if not self._connections.is_online(user_id)]
+            await asyncio.sleep(LAST_SEEN_DELAY_SECONDS)
+            await self.flush()
+
+    async def flush(self) -> None:
+        """Store now when people went, and wait for what is being stored already. Never raises for the database."""
+        async with self._storing:
+            gone = sorted(user_id for user_id in self._gone if not self._connections.is_online(user_id))
             self._gone.clear()
             if not gone:
                 return
             try:
                 async with self._database.writing() as session:
-                    await users_repository.touch_last_seen(
-                        session, sorted(gone), self._clock.now().replace(tzinfo=None)
-                    )
+                    await users_repository.touch_last_seen(session, gone, self._clock.now().replace(tzinfo=None))
             except Unavailable:
                 log.info("last_seen_not_stored", extra={"users": len(gone)})
+            except Exception:
+                log.exception("last_seen_not_stored", extra={"users": len(gone)})
