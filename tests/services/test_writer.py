@@ -128,10 +128,11 @@ async def test_a_change_the_database_keeps_waiting_is_answered_and_its_retry_is_
         assert refused.value.code == "database_unavailable"
         assert 0.4 < services.clock.monotonic() - started < 5
     await services.writer.drained()
+    # Whether it was stored after all depends on how far it had come; its sender cannot know.
     stored = contents(await bo.history(chat_id))
-    if settings.uses_mysql:
-        # Whether it was stored after all depends on how far it had come; its sender cannot know.
-        assert stored == ["ids are leased", "late"][: 1 if place == "before it is taken up" else 2]
+    assert stored in (["ids are leased"], ["ids are leased", "late"])
+    if settings.uses_mysql and place != "before it is taken up":
+        assert len(stored) == 2
     message = message_of(await services.writer.write(change))
     assert contents(await bo.history(chat_id)) == ["ids are leased", "late"]
     assert message_of(await services.writer.write(change)) == message
