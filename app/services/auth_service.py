@@ -18,7 +18,6 @@ from functools import partial
 from itertools import islice
 from typing import NamedTuple
 
-from sqlalchemy import update
 
 from app.core import security
 from app.core.bloom_filter import UsernameFilter
@@ -314,10 +313,9 @@ class AuthService:
         """Store what is not yet, and wait for what is being stored already. What fails is left to the next use."""
         async with self._storing:
             while batch := dict(islice(self._seen.items(), SEEN_BATCH)):
-                statement = update(session_repository.SESSION).where(session_repository.SESSION.c.id.in_(sorted(batch)))
                 try:
                     async with self.unit_of_work() as uow:
-                        await uow.session.execute(statement.values(last_seen_at=max(batch.values())))
+                        await session_repository.touch_sessions(uow.session, sorted(batch), max(batch.values()))
                 except Exception as error:
                     if isinstance(error, Unavailable):
                         log.info("sessions_seen_not_stored", extra={"sessions": len(self._seen)})

@@ -84,9 +84,9 @@ async def end_sessions(session: AsyncSession, session_ids: Sequence[int], at: da
     )
 
 
-async def touch_session(session: AsyncSession, session_id: int, at: datetime) -> None:
-    """Remember when a session was last used."""
-    await session.execute(update(SESSION).where(SESSION.c.id == session_id).values(last_seen_at=at))
+async def touch_sessions(session: AsyncSession, session_ids: Sequence[int], at: datetime) -> None:
+    """Remember when sessions were last used."""
+    await session.execute(update(SESSION).where(SESSION.c.id.in_(session_ids)).values(last_seen_at=at))
 
 
 # --- refresh tokens ---
