@@ -18,7 +18,6 @@ from functools import partial
 from itertools import islice
 from typing import NamedTuple
 
-
 from app.core import security
 from app.core.bloom_filter import UsernameFilter
 from app.core.clock import Clock, timestamp
