@@ -165,7 +165,7 @@ class Watch:
         """Messages, until this is cancelled."""
         while True:
             await self.say()
-            await asyncio.sleep(0.05)
+            await asyncio.sleep(0.005)
 
     def check(self, least: int) -> None:
         """Nobody has waited for a second, and nothing came twice or to the wrong people."""
