@@ -158,6 +158,9 @@ class Sequencer:
             members = await repository.list_changed_members(session, chat_id, after=prev, limit=HEAL_ROWS + 1)
             # Last: nothing said after somebody was removed may reach them.
             [roster] = await load_rosters(session, rows)
+        # What changed since the version was read is announced in its turn.
+        messages = [row for row in messages if row.version <= chat.version]
+        members = [row for row in members if row.version <= chat.version]
         if channel.version != prev:
             return  # the announcement came while we were reading
         self._rosters.put(roster)
