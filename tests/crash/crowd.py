@@ -27,6 +27,8 @@ from tests.support.replica import Replica, fetch
 Event = dict[str, Any]
 PATIENCE = 30.0
 """Seconds for an answer, restarts included. Only a failing test waits so long."""
+STRETCHES = 1_000_000
+"""More than a device has stretches of live messages. Each has a number in the ledger, and its order is checked."""
 WINDOW = 8
 """Commands of a device under way."""
 
@@ -256,13 +258,17 @@ class Keeper:
         self.ledger.acked(self.account.id, client_id, message_id, seq)
         self.crowd.count_ack()
 
+    def look_at(self, message: Event) -> None:
+        """Whatever the way it came, it must be meant for this user."""
+        if not may_see(message["content"], self.account.id, {}):
+            self.crowd.fault(f"{self.name} got {message}")
+
     def note_received(self, message: Event, session: int, *, live: bool) -> None:
         """A message came, perhaps changed since it was sent."""
+        self.look_at(message)
         text = message["content"]
-        if not may_see(text, self.account.id, {}):
-            self.crowd.fault(f"{self.name} got {message}")
         if not live and message["id"] in self._seen:
-            return  # an old one that has changed: it says nothing about the order of the new ones
+            return
         self._seen.add(message["id"])
         if message["edited_at"] or message["deleted"] or message["hidden"]:
             text = self.crowd.texts.get(message["client_id"], text)
@@ -282,7 +288,7 @@ class Keeper:
         for chat in self.replica.chats.values():
             for message in chat.messages.values():
                 if message["id"] not in self._seen:
-                    self.note_received(message, self.number * 100_000, live=False)
+                    self.note_received(message, self.number * STRETCHES, live=False)
 
 
 @dataclass
@@ -302,6 +308,8 @@ class Device(Keeper):
         self.connections = 0
         self._mine: list[tuple[Room, int, str]] = []
         self._live: set[int] = set()
+        self._stretch: dict[int, int] = {}
+        self._stretches = 1
         self._refs = 0
         self._resumed = asyncio.Event()
         self._connection: ClientConnection | None = None
@@ -326,6 +334,8 @@ class Device(Keeper):
             failures = 0
             self.connections += 1
             self._live.clear()
+            self._stretch.clear()
+            self._stretches += 1
             self._connection = connection
             self._gone.clear()
             self._resumed.clear()
@@ -362,20 +372,23 @@ class Device(Keeper):
 
     def _handle(self, event: Event) -> list[Event]:
         kind = event["type"]
-        session = self.number * 100_000 + self.connections
+        caught_up = self.number * STRETCHES
         if kind == "new_message":
             message = event["message"]
-            # What catching up has brought may come again, live; the same message live twice is a fault.
-            live = message["id"] not in self._held(event["chat_id"]) or message["id"] in self._live
-            self.note_received(message, session, live=live)
+            if message["id"] in self._live:
+                self.crowd.fault(f"{self.name} was told twice over one connection: {message}")
             self._live.add(message["id"])
+            stretch = self._stretch.setdefault(event["chat_id"], self._stretches)
+            self.note_received(message, caught_up + stretch, live=True)
         elif kind in ("chat_changes", "reset"):
             for message in event["messages"]:
-                self.note_received(message, session, live=False)
-        elif kind in ("message_edited", "message_deleted") and not may_see(
-            event["message"]["content"], self.account.id, {}
-        ):
-            self.crowd.fault(f"{self.name} got {event}")
+                self.note_received(message, caught_up, live=False)
+        elif kind in ("message_edited", "message_deleted"):
+            self.note_received(event["message"], caught_up, live=False)
+        if kind in ("chat_changes", "reset", "synced"):
+            # Live messages are one after the other until the next time; what came between is all held now.
+            self._stretches += 1
+            self._stretch[event["chat_id"]] = self._stretches
         self.replica.apply(event)
         if kind == "hello":
             frames = [self.replica.resume_frame()]
@@ -389,7 +402,10 @@ class Device(Keeper):
         if kind == "error":
             return self._refused(event)
         if kind == "resumed":
+            self.replica.holes.clear()
             self._resumed.set()
+        elif self.replica.holes and self._resumed.is_set():
+            self.crowd.fault(f"{self.name} is told {event}, and knows nothing of what was before")
         return []
 
     def _held(self, chat_id: int) -> dict[int, Event]:
@@ -507,7 +523,7 @@ class Caller(Keeper):
             events = await self._ask(client, "/api/v1/messages/resume", body, 200)
             for event in events:
                 for message in event.get("messages", ()):
-                    self.note_received(message, self.number * 100_000, live=False)
+                    self.note_received(message, self.number * STRETCHES, live=False)
                 self.replica.apply(event)
             if events[-1]["complete"]:
                 return
