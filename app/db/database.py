@@ -1,8 +1,8 @@
 """Engines, transactions and the schema's version. The one place that knows SQLite from MySQL connections.
 
 SQLite allows one writer at a time, so all writes share one connection that begins IMMEDIATE; reads have their own.
-MySQL gets three pools: autocommit reads, transactions, and a small one for the chat log's writer, which must not
-queue behind the others and retries by itself instead of paying a ping per batch.
+MySQL gets two pools: autocommit reads, and transactions. The chat log's writer has connections of its own
+(`log_connection.py`): it must not queue behind the others, and retries by itself instead of paying a ping per batch.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import re
 import sqlite3
 import sys
 import time
@@ -26,13 +25,16 @@ from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, create_engine, event, text
 from sqlalchemy.engine import URL
-from sqlalchemy.exc import DBAPIError, IntegrityError, InterfaceError, OperationalError
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
-from sqlalchemy.pool import NullPool
+from sqlalchemy.pool import ConnectionPoolEntry, NullPool
+from sqlalchemy.util import await_only
 
 from app.core.config import Settings, get_settings
 from app.core.errors import StartupError, Unavailable
+from app.db.errors import describe, is_transient, unavailable
+from app.db.log_connection import SQLITE_PRAGMAS, LogConnection, MySQLLogConnection, SQLiteLogConnection
 
 log = logging.getLogger(__name__)
 
@@ -46,8 +48,8 @@ INSIST_SECONDS = 0.5
 SQLITE_READERS = 4
 SQLITE_LOCK_SLICE_SECONDS = 0.25
 """SQLite waits for a lock in a thread that cannot be interrupted, so never for longer than this at a time."""
-LOCK_ERRORS = frozenset({1205, 1213, 3572})
-"""MySQL: lock wait timeout, deadlock, NOWAIT refused. The transaction may simply be tried again."""
+MYSQL_RECYCLE_SECONDS = 1800
+"""A connection older than this is replaced: proxies and servers drop old ones without a word."""
 
 
 def database_url(settings: Settings, *, driver: Literal["async", "sync"]) -> URL:
@@ -68,20 +70,6 @@ def database_url(settings: Settings, *, driver: Literal["async", "sync"]) -> URL
     )
 
 
-def violated_constraint(error: IntegrityError) -> str:
-    """The name of the unique constraint that an insert or update broke, whichever database says so.
-
-    Returns an empty string for any other violation.
-    """
-    message = str(error.orig)
-    if match := re.search(r"Duplicate entry .* for key '(?:\w+\.)?(\w+)'", message, re.DOTALL):
-        return match.group(1)
-    if match := re.search(r"UNIQUE constraint failed: (.+)", message):
-        columns = [part.strip().split(".") for part in match.group(1).split(",")]
-        return "uq_" + columns[0][0] + "_" + "_".join(column for _, column in columns)
-    return ""
-
-
 @contextlib.asynccontextmanager
 async def deadline(seconds: float) -> AsyncIterator[None]:
     """`asyncio.timeout` that insists: raises TimeoutError even when its first cancellation got lost.
@@ -100,16 +88,20 @@ class Database:
         self.settings = settings
         self.is_mysql = settings.uses_mysql
         self._lock_file: Any = None
+        self._sqlite_write = asyncio.Lock()
+        """SQLite allows one writer: here they queue in order, at the file they would have to try again and again."""
+        self._mysql_log: MySQLLogConnection | None = None
         # A storm of clients that catch up must leave half of the readers to everybody else.
         self.bulk_reads = asyncio.Semaphore(max(1, (settings.db_pool_size if self.is_mysql else SQLITE_READERS) // 2))
+        self._mysql_connect = {"connect_timeout": settings.db_timeout_seconds, "init_command": MYSQL_SESSION}
         url = database_url(settings, driver="async")
         if self.is_mysql:
-            connect = {
-                "connect_timeout": settings.db_timeout_seconds,
-                "init_command": MYSQL_SESSION,
-                "async_creator_fn": _connect_mysql,
+            connect = {**self._mysql_connect, "async_creator_fn": _connect_mysql}
+            pool = {
+                "pool_timeout": settings.db_timeout_seconds,
+                "max_overflow": 0,
+                "pool_recycle": MYSQL_RECYCLE_SECONDS,
             }
-            pool = {"pool_timeout": settings.db_timeout_seconds, "max_overflow": 0, "pool_recycle": 1800}
             self.read_engine = create_async_engine(
                 url,
                 connect_args=connect,
@@ -121,14 +113,6 @@ class Database:
             )
             self.write_engine = create_async_engine(
                 url, connect_args=connect, pool_size=settings.db_pool_size, pool_pre_ping=True, **pool
-            )
-            self.log_engine = create_async_engine(
-                url,
-                connect_args=connect,
-                pool_size=2,
-                # Every use of it ends its own transaction; another ROLLBACK would be a round trip per batch.
-                pool_reset_on_return=None,
-                **pool,
             )
         else:
             timeout = settings.db_timeout_seconds
@@ -142,9 +126,12 @@ class Database:
                 pool_timeout=timeout,
                 connect_args={"timeout": SQLITE_LOCK_SLICE_SECONDS},
             )
-            self.log_engine = self.write_engine
+            self._sqlite_log = SQLiteLogConnection(
+                str(settings.sqlite_path.absolute()), lock_timeout_seconds=SQLITE_LOCK_SLICE_SECONDS
+            )
             _prepare_sqlite(self.read_engine, begin="BEGIN", read_only=True, patience=timeout)
             _prepare_sqlite(self.write_engine, begin="BEGIN IMMEDIATE", read_only=False, patience=timeout)
+            _queue_for(self._sqlite_write, self.write_engine)
 
     async def start(self) -> None:
         """Take the database into use.
@@ -166,8 +153,13 @@ class Database:
 
     async def close(self) -> None:
         """Give every connection back."""
-        for engine in {self.read_engine, self.write_engine, self.log_engine}:
-            await engine.dispose()
+        await self.read_engine.dispose()
+        await self.write_engine.dispose()
+        if self._mysql_log is not None:
+            self._mysql_log.abandon()
+            self._mysql_log = None
+        if not self.is_mysql:
+            await self._sqlite_log.close()
         if self._lock_file is not None:
             self._lock_file.close()
 
@@ -188,6 +180,51 @@ class Database:
         """
         async with self._guarded(self.write_engine) as session, session.begin():
             yield session
+
+    @contextlib.asynccontextmanager
+    async def appending(self) -> AsyncIterator[LogConnection]:
+        """One transaction of the chat log's writer: committed when the block ends, rolled back when it raises.
+
+        Raises what the driver raises, and TimeoutError when the database does not answer in time; whether it
+        committed is then unknown.
+        """
+        async with deadline(self.settings.db_timeout_seconds):
+            if self.is_mysql:
+                mysql = await self._take_mysql_log()
+                async with self._committing(mysql):
+                    yield mysql
+                self._mysql_log = mysql
+            else:
+                async with self._sqlite_write, self._committing(self._sqlite_log):
+                    yield self._sqlite_log
+
+    @contextlib.asynccontextmanager
+    async def _committing(self, connection: LogConnection) -> AsyncIterator[None]:
+        try:
+            yield
+            await connection.commit()
+        except BaseException:
+            connection.abandon()
+            raise
+
+    async def _take_mysql_log(self) -> MySQLLogConnection:
+        known, self._mysql_log = self._mysql_log, None
+        if known is not None:
+            if known.opened_at + MYSQL_RECYCLE_SECONDS > time.monotonic():
+                return known
+            known.abandon()
+        url = database_url(self.settings, driver="async")
+        driver = await _connect_mysql(
+            host=url.host,
+            port=url.port,
+            user=url.username,
+            password=url.password or "",
+            db=url.database,
+            charset="utf8mb4",
+            autocommit=True,  # BEGIN comes with the first statement
+            **self._mysql_connect,
+        )
+        return MySQLLogConnection(driver)
 
     @contextlib.asynccontextmanager
     async def _guarded(self, engine: AsyncEngine) -> AsyncIterator[AsyncSession]:
@@ -242,34 +279,6 @@ def _lock_now(file: IO[str]) -> None:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
-def is_transient(error: DBAPIError) -> bool:
-    """Whether the database, not the statement, is at fault, so that trying again may succeed."""
-    if error.connection_invalidated or isinstance(error, (OperationalError, InterfaceError)):
-        return True
-    return is_lock_conflict(error)
-
-
-def is_lock_conflict(error: BaseException) -> bool:
-    """Whether somebody else held a lock for too long, or a deadlock was broken here."""
-    if not isinstance(error, DBAPIError) or error.orig is None:
-        return False
-    code = error.orig.args[0] if error.orig.args else None
-    return code in LOCK_ERRORS or "database is locked" in str(error.orig)
-
-
-def unavailable(error: BaseException) -> Unavailable:
-    """What a client is told of a database failure."""
-    if is_lock_conflict(error):
-        return Unavailable("busy", "Somebody else is changing the same thing; try again.", retry_after=0.5)
-    return Unavailable("database_unavailable", "The database does not answer; try again.", retry_after=2)
-
-
-def describe(error: BaseException) -> str:
-    """An error in one line, without the statement's parameters: they are people's words."""
-    cause = error.orig if isinstance(error, DBAPIError) and error.orig is not None else error
-    return f"{type(cause).__name__}: {cause}".splitlines()[0][:300]
-
-
 async def _connect_mysql(**arguments: Any) -> Any:
     """A connection of the driver. Raises ConnectionError where asyncmy gives a reset a name of its own."""
     try:
@@ -283,9 +292,8 @@ def _prepare_sqlite(engine: AsyncEngine, *, begin: str, read_only: bool, patienc
     def on_connect(connection: Any, _record: object) -> None:
         connection.isolation_level = None  # transactions begin where `begin` below says, not where the driver guesses
         cursor = connection.cursor()
-        cursor.execute("PRAGMA journal_mode=WAL")
-        cursor.execute("PRAGMA synchronous=FULL")
-        cursor.execute("PRAGMA foreign_keys=ON")
+        for pragma in SQLITE_PRAGMAS:
+            cursor.execute(pragma)
         if read_only:
             cursor.execute("PRAGMA query_only=ON")
         cursor.close()
@@ -306,6 +314,21 @@ def _prepare_sqlite(engine: AsyncEngine, *, begin: str, read_only: bool, patienc
 
     event.listen(engine.sync_engine, "connect", on_connect)
     event.listen(engine.sync_engine, "begin", on_begin)
+
+
+def _queue_for(lock: asyncio.Lock, engine: AsyncEngine) -> None:
+    """Let each transaction of an engine hold a lock from its first statement until its connection is given back."""
+
+    def on_begin(connection: Connection) -> None:
+        await_only(lock.acquire())
+        connection.info["holds_lock"] = True
+
+    def on_checkin(_connection: object, record: ConnectionPoolEntry) -> None:
+        if record.info.pop("holds_lock", False):
+            lock.release()
+
+    event.listen(engine.sync_engine, "begin", on_begin, insert=True)
+    event.listen(engine.sync_engine, "checkin", on_checkin)
 
 
 def _check_migrated(connection: Connection) -> None:

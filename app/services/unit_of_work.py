@@ -41,7 +41,7 @@ class UnitOfWork:
 
         Raises the first error among the outcomes: a unit of work is all or nothing.
         """
-        appended = await self._appender.append(await self.session.connection(), changes)
+        appended = await self._appender.append(self.session, changes)
         for outcome in appended.outcomes:
             if isinstance(outcome, DialectError):
                 raise outcome
@@ -52,15 +52,15 @@ class UnitOfWork:
 
     async def lock_chat(self, chat_id: int) -> tuple[repository.ChatRow, Roster] | None:
         """Lock a chat and read who is in it, exactly; None when there is no such chat."""
-        rows = await repository.lock_chats(await self.session.connection(), [chat_id])
-        if not rows:
+        row = await repository.lock_chat(self.session, chat_id)
+        if row is None:
             return None
-        [roster] = await load_rosters(self.session, rows)
-        return rows[0], roster
+        [roster] = await load_rosters(self.session, [row])
+        return row, roster
 
     async def next_account_version(self, user_id: int) -> int:
         """Number a change that only this user sees. Locks the user's row: after pairs and chats."""
-        before = await repository.bump_account_versions(await self.session.connection(), {user_id: 1})
+        before = await repository.bump_account_versions(self.session, {user_id: 1})
         return before[user_id] + 1
 
     def announce_account(self, user_id: int, event: AccountEvent) -> None:

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import uuid4
 
 import httpx
 import pytest
-from sqlalchemy import event, insert
+from sqlalchemy import insert
 
-from app.db.database import Database
 from app.db.models import Chat, ChatMember, Message
 from app.services.chat_log.changes import SendMessage
 from app.services.container import Services
 from tests.support.people import Json, Person, contents, people
 from tests.support.servers import Server
+from tests.support.statements import statements
 
 # --- personal and saved chats -----------------------------------------------------------------------------------
 
@@ -448,24 +446,6 @@ async def test_pages_of_the_list_neither_skip_nor_repeat_while_messages_arrive(c
     assert moved <= set(top)
     for nonsense in ("nonsense", "bm9uc2Vuc2U", page["items"][0]["created_at"], "%00"):
         assert await ann.refused("GET", "/chats", cursor=nonsense) == (422, "invalid_cursor")
-
-
-@contextmanager
-def statements(database: Database) -> Iterator[list[str]]:
-    """What is asked of the database meanwhile."""
-    seen: list[str] = []
-
-    def note(_connection: Any, _cursor: Any, statement: str, *_rest: Any) -> None:
-        seen.append(statement)
-
-    engines = [engine.sync_engine for engine in {database.read_engine, database.write_engine, database.log_engine}]
-    for engine in engines:
-        event.listen(engine, "before_cursor_execute", note)
-    try:
-        yield seen
-    finally:
-        for engine in engines:
-            event.remove(engine, "before_cursor_execute", note)
 
 
 @pytest.mark.settings(page_size_max=500)

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from typing import Any
 
 import httpx
 import pytest
-from sqlalchemy import event
 
 from app.core.config import Settings
 from app.core.errors import DialectError, Unavailable
@@ -16,6 +14,7 @@ from app.services.chat_log.changes import Change, Done, EditMessage, Mark, SendM
 from app.services.container import Services
 from tests.support.locks import held
 from tests.support.people import Json, contents, people
+from tests.support.statements import statements
 
 POISON = "\ud800"
 """No database can store a lone surrogate. The edge refuses it; here it stands for whatever else may go wrong."""
@@ -41,21 +40,14 @@ def message_of(outcome: object) -> Json:
 async def test_what_arrives_together_is_one_transaction_in_order(client: httpx.AsyncClient, services: Services) -> None:
     ann, bo = await people(client, 2)
     first, second = await ann.personal(bo), await ann.group(bo)
-    statements: list[str] = []
-
-    def note(_connection: Any, _cursor: Any, statement: str, *_rest: Any) -> None:
-        statements.append(statement)
-
-    engine = services.database.log_engine.sync_engine
-    event.listen(engine, "before_cursor_execute", note)
     changes: list[Change] = [send((first, second)[i % 2], (ann, bo)[i % 3 == 0].id, str(i)) for i in range(200)]
     twins = [send(first, ann.id, "twin", b"t" * 16) for _ in range(3)]
     missing = send(999_999, ann.id)
     foreign = send(first, 999_999)
-    done = await outcomes(services, [*changes, *twins, missing, foreign])
-    event.remove(engine, "before_cursor_execute", note)
-    assert len([one for one in statements if one.startswith("INSERT INTO messages")]) <= 2
-    assert len(statements) < 30
+    with statements(services.database) as seen:
+        done = await outcomes(services, [*changes, *twins, missing, foreign])
+    assert len([one for one in seen if one.startswith("INSERT INTO messages")]) <= 2
+    assert len(seen) < 30
     for chat_id in (first, second):
         seqs = [message_of(one)["seq"] for one in done[:200] if message_of(one)["chat_id"] == chat_id]
         assert seqs == list(range(seqs[0], seqs[0] + 100))

@@ -17,7 +17,7 @@ Direction = Literal["up", "down"]
 """`up` from the client to the server, `down` back."""
 Verdict = Literal["pass", "reset", "reset after the answer"]
 
-_COMMIT = b"\x03COMMIT"
+_COMMIT = b"COMMIT"
 
 
 class Link:
@@ -32,7 +32,8 @@ class Link:
         self._proxy = proxy
         self._client = client
         self._upstream = upstream
-        self.doomed = False
+        self.doomed = 0
+        """So many answers, one per statement, get lost, and then the connection."""
         """What the server answers next is lost, and the connection with it."""
 
     async def run(self) -> None:
@@ -65,22 +66,26 @@ class Link:
             writer.transport.abort()
 
     async def _pump(self, direction: Direction, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        proxy = self._proxy
+        proxy, lost = self._proxy, b""
         with contextlib.suppress(ConnectionError):
             while data := await reader.read(64 * 1024):
                 await proxy.thawed()
                 if proxy.delay_seconds:
                     await asyncio.sleep(proxy.delay_seconds)
-                if direction == "up" and proxy.on_commit is not None and data[4:].startswith(_COMMIT):
+                if direction == "up" and proxy.on_commit is not None and data.endswith(_COMMIT):
                     verdict = proxy.on_commit()
                     proxy.commits += 1
                     if verdict == "reset":
                         self.reset()
                         return
-                    self.doomed = verdict == "reset after the answer"
+                    if verdict == "reset after the answer":
+                        self.doomed = data.count(b";") + 1
                 elif direction == "down" and self.doomed:
-                    self.reset()
-                    return
+                    lost += data
+                    if _packets(lost) >= self.doomed:
+                        self.reset()
+                        return
+                    continue
                 if direction == "down" and proxy.bytes_left is not None:
                     data, rest = data[: proxy.bytes_left], data[proxy.bytes_left :]
                     proxy.bytes_left -= len(data)
@@ -95,6 +100,14 @@ class Link:
                     continue
                 writer.write(data)
                 await writer.drain()
+
+
+def _packets(data: bytes) -> int:
+    """How many whole packets of MySQL's protocol these are."""
+    count = 0
+    while len(data) >= 4 and len(data) >= (end := 4 + int.from_bytes(data[:3], "little")):
+        count, data = count + 1, data[end:]
+    return count
 
 
 class FaultProxy:

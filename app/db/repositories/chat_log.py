@@ -1,7 +1,8 @@
 """SQL of the chat log: lock the chats, look up what came before, write rows in bulk, read what changed.
 
-The hot statements move many rows in one round trip. Where a bulk UPDATE needs values per row, integers and times
-that this module made itself are written into the statement: no text from outside ever is.
+The hot statements move many rows at once, and run on a bare driver (`db/log_connection.py`) or in somebody's
+SQLAlchemy transaction. They are whole when they leave here: values stand in them as literals that `_literal` writes,
+but for SQLite's inserts, whose statements may not be long.
 """
 
 from __future__ import annotations
@@ -9,20 +10,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
-from sqlalchemy import ColumnElement, Table, insert, literal_column, select, text, update
+from sqlalchemy import ColumnElement, Table, literal_column, select, text
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
 
-from app.db.models import Chat, ChatMember, HiddenMessage, Message, User, UserPair
-from app.db.repositories.keys import key_conditions
+from app.db.log_connection import LogConnection, Row, Statement
+from app.db.models import Chat, ChatMember, HiddenMessage, Message
 
 CHAT = cast(Table, Chat.__table__)
 MEMBER = cast(Table, ChatMember.__table__)
 MESSAGE = cast(Table, Message.__table__)
 HIDDEN = cast(Table, HiddenMessage.__table__)
-PAIR = cast(Table, UserPair.__table__)
-USER = cast(Table, User.__table__)
 
 
 class ChatRow(NamedTuple):
@@ -40,7 +39,7 @@ class ChatRow(NamedTuple):
     member_count: int
 
 
-CHAT_COLUMNS = [CHAT.c[name] for name in ChatRow._fields]
+_CHAT_NAMES = ", ".join(ChatRow._fields)
 
 
 class MessageRow(NamedTuple):
@@ -62,8 +61,14 @@ class MessageRow(NamedTuple):
     deleted_at: datetime | None
 
 
-_CREATED_AT = MessageRow._fields.index("created_at")
 MESSAGE_COLUMNS = [MESSAGE.c[name] for name in MessageRow._fields]
+_MESSAGE_NAMES = ", ".join(MessageRow._fields)
+_CREATED_AT = MessageRow._fields.index("created_at")
+"""From here on a message's columns are times."""
+
+
+def _message_row(row: Row) -> MessageRow:
+    return MessageRow(*row[:_CREATED_AT], *map(_parsed, row[_CREATED_AT:]))
 
 
 class MemberRow(NamedTuple):
@@ -86,13 +91,18 @@ class MemberRow(NamedTuple):
 
 
 MEMBER_COLUMNS = [MEMBER.c[name] for name in MemberRow._fields]
+_JOINED_AT = MemberRow._fields.index("joined_at")
+
+
+def _member_row(row: Row) -> MemberRow:
+    return MemberRow._make((*row[:_JOINED_AT], _parsed(row[_JOINED_AT]), *row[_JOINED_AT + 1 :]))
 
 
 @dataclass(slots=True)
 class ChatUpdate:
-    """New counters of a chat."""
+    """New counters of a chat, and its row as it stands under the lock."""
 
-    id: int
+    before: ChatRow
     last_seq: int
     version: int
     members_version: int
@@ -115,159 +125,263 @@ class MarkUpdate:
     account_version: int = 0
     read_at: datetime | None = None
 
+    @property
+    def sent(self) -> bool:
+        """Whether this is no more than what sending a message does to its sender's marks."""
+        return (
+            self.read_seq == self.delivered_seq == self.public_read_seq == self.public_delivered_seq
+            and not self.version
+            and not self.account_version
+            and self.read_at is not None
+        )
 
-Executor = AsyncSession | AsyncConnection
-"""What runs statements. Writing takes the bare connection: a session's bookkeeping costs more than a hot statement."""
+
+Executor = AsyncSession | AsyncConnection | LogConnection
+"""What runs statements: somebody's transaction, or the writer's own connection."""
 
 
 def is_mysql(executor: Executor) -> bool:
     """Whether this talks to MySQL; otherwise it is SQLite."""
+    if isinstance(executor, LogConnection):
+        return executor.is_mysql
     bind = executor if isinstance(executor, AsyncConnection) else executor.get_bind()
     return bind.dialect.name == "mysql"
 
 
-_NOW_MYSQL = "NOW(6)"
-_NOW_SQLITE = "strftime('%Y-%m-%d %H:%M:%f000', 'now')"
+async def _fetch(executor: Executor, *statements: Statement) -> list[list[Row]]:
+    """The rows of each statement; on the writer's connection in one round trip."""
+    if isinstance(executor, LogConnection):
+        return await executor.fetch(*statements)
+    connection = executor if isinstance(executor, AsyncConnection) else await executor.connection()
+    return [[tuple(row) for row in await connection.exec_driver_sql(statement.sql)] for statement in statements]
+
+
+async def _execute(executor: Executor, statement: Statement) -> None:
+    """Run a statement that returns nothing; on the writer's connection, together with the next that does."""
+    if isinstance(executor, LogConnection):
+        executor.defer(statement)
+        return
+    connection = executor if isinstance(executor, AsyncConnection) else await executor.connection()
+    rows = None if statement.rows is None else [tuple(row) for row in statement.rows]
+    await connection.exec_driver_sql(statement.sql, rows)
+
+
+CHANGED_AT_SECONDS = 5
+"""`changed_at` of a busy chat may be older than its last change by so much."""
+
+
+def _now(executor: Executor, *, seconds_ago: int = 0) -> str:
+    if is_mysql(executor):
+        return f"NOW(6) - INTERVAL {seconds_ago:d} SECOND"
+    return f"strftime('%Y-%m-%d %H:%M:%f000', 'now', '-{seconds_ago:d} seconds')"
 
 
 def database_now(executor: Executor) -> ColumnElement[datetime]:
     """SQL for the database's own clock, UTC, six digits."""
-    return literal_column(_NOW_MYSQL if is_mysql(executor) else _NOW_SQLITE)
+    return literal_column(_now(executor))
 
 
-def _values(executor: Executor, rows: Iterable[Sequence[int | datetime | None]]) -> str:
-    """Rows of a VALUES clause. Only integers, times and NULL: anything else would be a bug, and raises."""
-    prefix = "ROW" if is_mysql(executor) else ""
-    return ",".join(f"{prefix}({','.join(_literal(value) for value in row)})" for row in rows)
+Value = int | str | bytes | datetime | None
 
 
-def _literal(value: int | datetime | None) -> str:
-    if value is None:
-        return "NULL"
-    if isinstance(value, datetime):
-        return f"'{_moment(value)}'"
-    return str(int(value))
+def _literal(value: Value) -> str:
+    """A value as MySQL reads it, and, but for text, SQLite. Text goes in as hexadecimal digits: nothing that
+    anybody writes can end it."""
+    match value:
+        case None:
+            return "NULL"
+        case str():
+            return f"_utf8mb4 X'{value.encode().hex()}'"
+        case bytes():
+            return f"X'{value.hex()}'"
+        case datetime():
+            return f"'{_moment(value)}'"
+        case _:
+            return str(int(value))
+
+
+def _bindable(value: Value) -> int | str | bytes | None:
+    """A value as SQLite's driver takes it."""
+    return _moment(value) if isinstance(value, datetime) else value
 
 
 def _moment(value: datetime) -> str:
     return value.isoformat(" ", "microseconds")
 
 
+def _parsed(value: Any) -> Any:
+    """A time as a bare driver reads it: SQLite keeps it as text."""
+    return datetime.fromisoformat(value) if isinstance(value, str) else value
+
+
+def _values(executor: Executor, rows: Iterable[Sequence[Value]]) -> str:
+    """Rows of a VALUES clause."""
+    prefix = "ROW" if is_mysql(executor) else ""
+    return ",".join(f"{prefix}({','.join(map(_literal, row))})" for row in rows)
+
+
+def _ids(ids: Iterable[int]) -> str:
+    return ",".join(f"{number:d}" for number in ids)
+
+
+def _select(
+    executor: Executor, columns: Sequence[str], table: str, keys: Sequence[str], rows: Sequence[Sequence[int | bytes]]
+) -> Statement:
+    """Rows of a table by keys of several columns, straight from its index: for an IN of several columns SQLite reads
+    the whole table, and MySQL plans for longer than it reads."""
+    shown, names = ", ".join(f"t.{name}" for name in columns), ", ".join(keys)
+    on = " AND ".join(f"t.{name} = v.{name}" for name in keys)
+    values = _values(executor, rows)
+    if is_mysql(executor):
+        return Statement(f"SELECT {shown} FROM (VALUES {values}) AS v ({names}) STRAIGHT_JOIN {table} t ON {on}")  # noqa: S608
+    return Statement(f"WITH v({names}) AS (VALUES {values}) SELECT {shown} FROM v CROSS JOIN {table} t ON {on}")  # noqa: S608
+
+
 # --- locking and looking up -------------------------------------------------------------------------------------
 
 
-async def lock_chats(
-    connection: AsyncConnection, chat_ids: Sequence[int], *, skip_locked: bool = False
-) -> list[ChatRow]:
-    """Lock chats, lowest id first, and read their counters. Missing ones, and with `skip_locked` those that
-    somebody else holds, are left out."""
+@dataclass(slots=True)
+class Found:
+    """What a batch needs to know, read under the locks of its chats."""
+
+    chats: list[ChatRow]
+    earlier: list[MessageRow]
+    messages: list[MessageRow]
+    members: list[MemberRow]
+
+
+async def lock_and_find(
+    executor: Executor,
+    chat_ids: Sequence[int],
+    *,
+    client_ids: Sequence[tuple[int, int, bytes]],
+    message_ids: Sequence[int],
+    member_keys: Sequence[tuple[int, int]],
+    skip_locked: bool,
+) -> Found:
+    """Lock chats, lowest id first, and read their counters; then the messages sent earlier under these (chat_id,
+    sender_id, client_id), messages by id, and memberships by (chat_id, user_id), past ones included.
+
+    Chats that are missing, and with `skip_locked` those that somebody else holds, are left out.
+    """
     lock = ""
-    if is_mysql(connection):  # SQLite's writer holds the whole database
+    if is_mysql(executor):  # SQLite's writer holds the whole database
         lock = " FOR UPDATE SKIP LOCKED" if skip_locked else " FOR UPDATE"
-    columns, ids = ", ".join(ChatRow._fields), ",".join(_literal(chat_id) for chat_id in chat_ids)
-    result = await connection.exec_driver_sql(
-        f"SELECT {columns} FROM chats WHERE id IN ({ids}) ORDER BY id{lock}"  # noqa: S608 - integers
-    )
-    return [ChatRow._make(row) for row in result]
+    statements = [
+        Statement(f"SELECT {_CHAT_NAMES} FROM chats WHERE id IN ({_ids(chat_ids)}) ORDER BY id{lock}")  # noqa: S608
+    ]
+    if client_ids:
+        # Almost always there are none: look by the index alone, and read whole rows only of those found.
+        statements.append(_select(executor, ["id"], "messages", ["chat_id", "sender_id", "client_id"], client_ids))
+    if message_ids:
+        statements.append(_select_messages(message_ids))
+    if member_keys:
+        statements.append(_select(executor, MemberRow._fields, "chat_members", ["chat_id", "user_id"], member_keys))
+    results = iter(await _fetch(executor, *statements))
+    found = Found([ChatRow._make(row) for row in next(results)], [], [], [])
+    earlier = [row[0] for row in next(results)] if client_ids else []
+    if message_ids:
+        found.messages = [_message_row(row) for row in next(results)]
+    if member_keys:
+        found.members = [_member_row(row) for row in next(results)]
+    if earlier:
+        found.earlier = await find_messages(executor, earlier)
+    return found
+
+
+async def lock_chat(executor: Executor, chat_id: int) -> ChatRow | None:
+    """Lock one chat and read its counters; None when there is no such chat."""
+    found = await lock_and_find(executor, [chat_id], client_ids=(), message_ids=(), member_keys=(), skip_locked=False)
+    return found.chats[0] if found.chats else None
 
 
 async def find_chats(executor: Executor, chat_ids: Sequence[int]) -> list[ChatRow]:
     """Chats without a lock."""
-    result = await executor.execute(select(*CHAT_COLUMNS).where(CHAT.c.id.in_(chat_ids)))
-    return [ChatRow._make(row) for row in result]
+    sql = f"SELECT {_CHAT_NAMES} FROM chats WHERE id IN ({_ids(chat_ids)})"  # noqa: S608 - integers
+    [rows] = await _fetch(executor, Statement(sql))
+    return [ChatRow._make(row) for row in rows]
 
 
-async def find_by_client_ids(connection: AsyncConnection, keys: Sequence[tuple[int, int, bytes]]) -> list[MessageRow]:
-    """Earlier messages with these (chat_id, sender_id, client_id)."""
-    rows = ",".join(f"({chat_id:d},{sender_id:d},X'{client_id.hex()}')" for chat_id, sender_id, client_id in keys)
-    # Almost always there are none: look by the index alone, and read whole rows only of those found.
-    if is_mysql(connection):
-        sql = f"SELECT id FROM messages WHERE (chat_id, sender_id, client_id) IN ({rows})"  # noqa: S608
-    else:
-        # SQLite would read the whole table for an IN of several columns.
-        sql = (
-            f"WITH v(chat_id, sender_id, client_id) AS (VALUES {rows})"  # noqa: S608
-            " SELECT m.id FROM v CROSS JOIN messages m"
-            " ON m.chat_id = v.chat_id AND m.sender_id = v.sender_id AND m.client_id = v.client_id"
-        )
-    result = await connection.exec_driver_sql(sql)
-    ids = [row[0] for row in result]
-    return await find_messages(connection, ids) if ids else []
+def _select_messages(message_ids: Sequence[int]) -> Statement:
+    return Statement(f"SELECT {_MESSAGE_NAMES} FROM messages WHERE id IN ({_ids(message_ids)})")  # noqa: S608
 
 
 async def find_messages(executor: Executor, message_ids: Sequence[int]) -> list[MessageRow]:
     """Messages by id."""
-    result = await executor.execute(select(*MESSAGE_COLUMNS).where(MESSAGE.c.id.in_(message_ids)))
-    return [MessageRow(*row) for row in result]
-
-
-async def find_members(executor: Executor, keys: Sequence[tuple[int, int]]) -> list[MemberRow]:
-    """Memberships, past ones included, by (chat_id, user_id)."""
-    rows: list[MemberRow] = []
-    for condition in key_conditions(MEMBER.c.chat_id, MEMBER.c.user_id, keys):
-        rows.extend(MemberRow(*row) for row in await executor.execute(select(*MEMBER_COLUMNS).where(condition)))
-    return rows
+    [rows] = await _fetch(executor, _select_messages(message_ids))
+    return [_message_row(row) for row in rows]
 
 
 async def list_active_members(executor: Executor, chat_ids: Sequence[int]) -> list[tuple[int, int, str, int]]:
     """(chat_id, user_id, role, visible_from_seq) of all who are in the chats now."""
-    result = await executor.execute(
-        select(MEMBER.c.chat_id, MEMBER.c.user_id, MEMBER.c.role, MEMBER.c.visible_from_seq).where(
-            MEMBER.c.chat_id.in_(chat_ids), MEMBER.c.left_seq.is_(None)
-        )
-    )
-    return [(row[0], row[1], row[2], row[3]) for row in result]
+    columns = "chat_id, user_id, role, visible_from_seq"
+    sql = f"SELECT {columns} FROM chat_members WHERE chat_id IN ({_ids(chat_ids)}) AND left_seq IS NULL"  # noqa: S608
+    [rows] = await _fetch(executor, Statement(sql))
+    return [(row[0], row[1], row[2], row[3]) for row in rows]
 
 
 async def list_blocks(executor: Executor, pairs: Sequence[tuple[int, int]]) -> list[tuple[int, int, bool, bool]]:
     """(low_id, high_id, low_blocks_high, high_blocks_low) of pairs (low, high)."""
-    columns = (PAIR.c.low_id, PAIR.c.high_id, PAIR.c.low_blocks_high, PAIR.c.high_blocks_low)
-    rows: list[tuple[int, int, bool, bool]] = []
-    for condition in key_conditions(PAIR.c.low_id, PAIR.c.high_id, pairs):
-        result = await executor.execute(select(*columns).where(condition))
-        rows.extend((row[0], row[1], row[2], row[3]) for row in result)
-    return rows
+    if not pairs:
+        return []
+    columns = ["low_id", "high_id", "low_blocks_high", "high_blocks_low"]
+    [rows] = await _fetch(executor, _select(executor, columns, "user_pairs", ["low_id", "high_id"], pairs))
+    return [(row[0], row[1], bool(row[2]), bool(row[3])) for row in rows]
 
 
 # --- writing ----------------------------------------------------------------------------------------------------
 
 
-async def insert_messages(connection: AsyncConnection, rows: Sequence[MessageRow]) -> None:
+async def insert_messages(executor: Executor, rows: Sequence[MessageRow]) -> None:
     """Insert new messages in one multi-row statement."""
-    mark = "%s" if is_mysql(connection) else "?"
-    columns, marks = ", ".join(MessageRow._fields), ", ".join([mark] * len(MessageRow._fields))
-    # Past SQLAlchemy's typing of each value: the drivers take what is here, but for SQLite's lack of a time type.
-    moments = {row.created_at: _moment(row.created_at) for row in rows}
-    await connection.exec_driver_sql(
-        f"INSERT INTO messages ({columns}) VALUES ({marks})",  # noqa: S608 - names of columns
-        [(*row[:_CREATED_AT], moments[row.created_at], *row[_CREATED_AT + 1 :]) for row in rows],
-    )
+    await _insert(executor, "messages", MessageRow._fields, rows)
 
 
-async def update_messages(connection: AsyncConnection, rows: Sequence[MessageRow]) -> None:
+async def update_messages(executor: Executor, rows: Sequence[MessageRow]) -> None:
     """Store the new state of edited or deleted messages."""
+    names = ["chat_id", "seq", "version", "content", "service", "edited_at", "deleted_at"]
+    values = [
+        (row.chat_id, row.seq, row.version, row.content, row.service, row.edited_at, row.deleted_at) for row in rows
+    ]
+    await _update(executor, "messages", names, values)
+
+
+async def update_chats(executor: Executor, rows: Sequence[ChatUpdate]) -> None:
+    """Store counters of locked chats, and stamp `changed_at` with the database's clock.
+
+    A stamp is good for `CHANGED_AT_SECONDS`: to move it costs an index entry, a quarter of the update.
+    """
+    changed_at = (
+        f"CASE WHEN {{t}}.changed_at > {_now(executor, seconds_ago=CHANGED_AT_SECONDS)} THEN {{t}}.changed_at"
+        f" ELSE {_now(executor)} END"
+    )
+    # Most chats of a batch got a message or two and nothing else: steps that many rows share are cheaper to take
+    # than values of each row's own.
+    steps: dict[tuple[int, int, datetime | None], list[int]] = {}
+    others: list[ChatUpdate] = []
     for row in rows:
-        await connection.execute(
-            update(MESSAGE)
-            .where(MESSAGE.c.chat_id == row.chat_id, MESSAGE.c.seq == row.seq)
-            .values(
-                version=row.version,
-                content=row.content,
-                service=row.service,
-                edited_at=row.edited_at,
-                deleted_at=row.deleted_at,
-            )
+        before = row.before
+        if (row.members_version, row.info_version, row.member_count) == (
+            before.members_version,
+            before.info_version,
+            before.member_count,
+        ):
+            step = (row.last_seq - before.last_seq, row.version - before.version, row.last_activity_at)
+            steps.setdefault(step, []).append(before.id)
+        else:
+            others.append(row)
+    for (messages, versions, moment), ids in steps.items():
+        activity = "" if moment is None else f", last_activity_at = {_literal(moment)}"
+        sql = (
+            f"UPDATE chats SET last_seq = last_seq + {messages:d}, version = version + {versions:d}{activity},"  # noqa: S608
+            f" changed_at = {changed_at.replace('{t}', 'chats')} WHERE id IN ({_ids(ids)})"
         )
-
-
-async def update_chats(connection: AsyncConnection, rows: Sequence[ChatUpdate]) -> None:
-    """Store counters of locked chats, all in one statement, and stamp `changed_at` with the database's clock."""
-    names = "id, last_seq, version, members_version, info_version, member_count, last_activity_at"
-    values = _values(
-        connection,
-        (
+        await _execute(executor, Statement(sql))
+    if others:
+        names = ["id", "last_seq", "version", "members_version", "info_version", "member_count", "last_activity_at"]
+        values = [
             (
-                row.id,
+                row.before.id,
                 row.last_seq,
                 row.version,
                 row.members_version,
@@ -275,24 +389,26 @@ async def update_chats(connection: AsyncConnection, rows: Sequence[ChatUpdate]) 
                 row.member_count,
                 row.last_activity_at,
             )
-            for row in rows
-        ),
-    )
-    sets = {name: f"v.{name}" for name in ("last_seq", "version", "members_version", "info_version", "member_count")}
-    sets["last_activity_at"] = "COALESCE(v.last_activity_at, {t}.last_activity_at)"
-    sets["changed_at"] = _NOW_MYSQL if is_mysql(connection) else _NOW_SQLITE
-    await _update_from(connection, "chats", names, values, sets, "{t}.id = v.id")
+            for row in others
+        ]
+        sets = {name: f"v.{name}" for name in names[1:]}
+        sets["last_activity_at"] = "COALESCE(v.last_activity_at, {t}.last_activity_at)"
+        sets["changed_at"] = changed_at
+        await _update_from(executor, "chats", names, values, sets, "{t}.id = v.id")
 
 
-async def update_marks(connection: AsyncConnection, rows: Sequence[MarkUpdate]) -> None:
-    """Raise the marks of members, all in one statement."""
-    names = (
-        "chat_id, user_id, read_seq, delivered_seq, public_read_seq, public_delivered_seq, version, account_version,"
-        " read_at"
-    )
-    values = _values(
-        connection,
-        (
+async def update_marks(executor: Executor, rows: Sequence[MarkUpdate]) -> None:
+    """Raise the marks of members."""
+    on = "{t}.chat_id = v.chat_id AND {t}.user_id = v.user_id"
+    marks = ["read_seq", "delivered_seq", "public_read_seq", "public_delivered_seq"]
+    # Those who sent something have all their marks at it, and nobody's can be further: it is the newest.
+    if sent := [row for row in rows if row.sent]:
+        at = [(row.chat_id, row.user_id, row.read_seq, row.read_at) for row in sent]
+        sets = {**dict.fromkeys(marks, "v.seq"), "read_at": "v.read_at"}
+        await _update_from(executor, "chat_members", ["chat_id", "user_id", "seq", "read_at"], at, sets, on)
+    if others := [row for row in rows if not row.sent]:
+        rising = [*marks, "version", "account_version"]
+        values = [
             (
                 row.chat_id,
                 row.user_id,
@@ -304,96 +420,94 @@ async def update_marks(connection: AsyncConnection, rows: Sequence[MarkUpdate]) 
                 row.account_version,
                 row.read_at,
             )
-            for row in rows
-        ),
-    )
-    greatest = "GREATEST" if is_mysql(connection) else "MAX"
-    rising = (
-        "read_seq",
-        "delivered_seq",
-        "public_read_seq",
-        "public_delivered_seq",
-        "version",
-        "account_version",
-    )
-    sets = {name: f"{greatest}({{t}}.{name}, v.{name})" for name in rising}
-    sets["read_at"] = "COALESCE(v.read_at, {t}.read_at)"
-    on = "{t}.chat_id = v.chat_id AND {t}.user_id = v.user_id"
-    await _update_from(connection, "chat_members", names, values, sets, on)
+            for row in others
+        ]
+        greatest = "GREATEST" if is_mysql(executor) else "MAX"
+        sets = {name: f"{greatest}({{t}}.{name}, v.{name})" for name in rising}
+        sets["read_at"] = "COALESCE(v.read_at, {t}.read_at)"
+        await _update_from(executor, "chat_members", ["chat_id", "user_id", *rising, "read_at"], values, sets, on)
 
 
-async def _update_from(
-    connection: AsyncConnection, table: str, names: str, values: str, sets: dict[str, str], on: str
-) -> None:
-    """Update `table` from the rows of a VALUES clause; `{t}` stands for the table in `sets` and `on`."""
-    if is_mysql(connection):
-        assignments = ", ".join(f"t.{name} = {value}" for name, value in sets.items())
-        # Straight: from the values to the rows. The other way round would look at, and lock, rows of strangers.
-        sql = f"UPDATE (VALUES {values}) AS v ({names}) STRAIGHT_JOIN {table} t ON {on} SET {assignments}"  # noqa: S608
-        sql = sql.replace("{t}", "t")
-    else:
-        assignments = ", ".join(f"{name} = {value}" for name, value in sets.items())
-        sql = f"WITH v({names}) AS (VALUES {values}) UPDATE {table} SET {assignments} FROM v WHERE {on}"  # noqa: S608
-        sql = sql.replace("{t}", table)
-    await connection.exec_driver_sql(sql)
-
-
-async def save_members(
-    connection: AsyncConnection, rows: Sequence[MemberRow], existing: frozenset[tuple[int, int]]
-) -> None:
+async def save_members(executor: Executor, rows: Sequence[MemberRow], existing: frozenset[tuple[int, int]]) -> None:
     """Insert new memberships and store the new state of those in `existing`."""
-    new = [row._asdict() for row in rows if (row.chat_id, row.user_id) not in existing]
-    if new:
-        await connection.execute(insert(MEMBER), new)
-    for row in rows:
-        if (row.chat_id, row.user_id) in existing:
-            values = row._asdict()
-            key = (MEMBER.c.chat_id == values.pop("chat_id"), MEMBER.c.user_id == values.pop("user_id"))
-            await connection.execute(update(MEMBER).where(*key).values(values))
+    if new := [row for row in rows if (row.chat_id, row.user_id) not in existing]:
+        await _insert(executor, "chat_members", MemberRow._fields, new)
+    if known := [row for row in rows if (row.chat_id, row.user_id) in existing]:
+        await _update(executor, "chat_members", MemberRow._fields, known)
 
 
 async def update_chat_info(
-    connection: AsyncConnection, chat_id: int, *, title: str, description: str, history_visible: bool
+    executor: Executor, chat_id: int, *, title: str, description: str, history_visible: bool
 ) -> None:
     """Store what a group shows of itself."""
-    await connection.execute(
-        update(CHAT)
-        .where(CHAT.c.id == chat_id)
-        .values(title=title, description=description, history_visible=history_visible)
-    )
+    names = ["id", "title", "description", "history_visible"]
+    await _update(executor, "chats", names, [(chat_id, title, description, history_visible)], keys=1)
 
 
-async def bump_account_versions(connection: AsyncConnection, steps: dict[int, int]) -> dict[int, int]:
+async def bump_account_versions(executor: Executor, steps: dict[int, int]) -> dict[int, int]:
     """Raise the account versions of users by `steps`, locking them lowest id first.
 
     Returns the version before, per user: the caller stamps version+1, version+2, ...
     """
-    before: dict[int, int] = {}
-    ids = sorted(steps)
-    for start in range(0, len(ids), 500):
-        chunk = ids[start : start + 500]
-        result = await connection.execute(
-            select(USER.c.id, USER.c.account_version).where(USER.c.id.in_(chunk)).order_by(USER.c.id).with_for_update()
-        )
-        before.update((row.id, row.account_version) for row in result)
-        for step in {steps[i] for i in chunk}:
-            await connection.execute(
-                update(USER)
-                .where(USER.c.id.in_([i for i in chunk if steps[i] == step]))
-                .values(account_version=USER.c.account_version + step)
-            )
-    return before
+    lock = " FOR UPDATE" if is_mysql(executor) else ""
+    sql = f"SELECT id, account_version FROM users WHERE id IN ({_ids(steps)}) ORDER BY id{lock}"  # noqa: S608
+    [rows] = await _fetch(executor, Statement(sql))
+    sets = {"account_version": "{t}.account_version + v.step"}
+    await _update_from(executor, "users", ["id", "step"], sorted(steps.items()), sets, "{t}.id = v.id")
+    return {row[0]: row[1] for row in rows}
+
+
+async def _insert(executor: Executor, table: str, names: Sequence[str], rows: Sequence[Sequence[Value]]) -> None:
+    into = f"INSERT INTO {table} ({', '.join(names)}) VALUES "  # noqa: S608 - names of columns
+    if is_mysql(executor):
+        await _execute(executor, Statement(into + ",".join(f"({','.join(map(_literal, row))})" for row in rows)))
+    else:
+        marks = f"({', '.join('?' * len(names))})"
+        await _execute(executor, Statement(into + marks, [tuple(map(_bindable, row)) for row in rows]))
+
+
+async def _update(
+    executor: Executor, table: str, names: Sequence[str], rows: Sequence[Sequence[Value]], *, keys: int = 2
+) -> None:
+    """Store rows as they are; the first `keys` of their columns are the primary key."""
+    if is_mysql(executor):
+        on = " AND ".join(f"{{t}}.{name} = v.{name}" for name in names[:keys])
+        await _update_from(executor, table, names, rows, {name: f"v.{name}" for name in names[keys:]}, on)
+        return
+    sets = ", ".join(f"{name} = ?" for name in names[keys:])
+    where = " AND ".join(f"{name} = ?" for name in names[:keys])
+    bound = [tuple(map(_bindable, (*row[keys:], *row[:keys]))) for row in rows]
+    await _execute(executor, Statement(f"UPDATE {table} SET {sets} WHERE {where}", bound))  # noqa: S608 - names
+
+
+async def _update_from(
+    executor: Executor,
+    table: str,
+    names: Sequence[str],
+    rows: Sequence[Sequence[Value]],
+    sets: dict[str, str],
+    on: str,
+) -> None:
+    """Update `table` from the rows of a VALUES clause; `{t}` stands for the table in `sets` and `on`."""
+    columns, values = ", ".join(names), _values(executor, rows)
+    if is_mysql(executor):
+        assignments = ", ".join(f"t.{name} = {value}" for name, value in sets.items())
+        # Straight: from the values to the rows. The other way round would look at, and lock, rows of strangers.
+        head = f"UPDATE (VALUES {values}) AS v ({columns}) STRAIGHT_JOIN {table} t"
+        sql = f"{head} ON {on.replace('{t}', 't')} SET {assignments.replace('{t}', 't')}"
+    else:
+        assignments = ", ".join(f"{name} = {value}" for name, value in sets.items()).replace("{t}", table)
+        head = f"WITH v({columns}) AS (VALUES {values}) UPDATE {table}"
+        sql = f"{head} SET {assignments} FROM v WHERE {on.replace('{t}', table)}"
+    await _execute(executor, Statement(sql))
 
 
 # --- catching up ------------------------------------------------------------------------------------------------
 
 
 async def list_changed_chats(session: AsyncSession, seconds: float) -> list[tuple[int, int]]:
-    """(chat_id, version) of chats that changed in the last `seconds`, by the database's clock."""
-    if is_mysql(session):
-        since = text(f"NOW(6) - INTERVAL {int(seconds)} SECOND")
-    else:
-        since = text(f"strftime('%Y-%m-%d %H:%M:%f000', 'now', '-{int(seconds)} seconds')")
+    """(chat_id, version) of all chats that changed in the last `seconds` by its own clock, and of a few more."""
+    since = text(_now(session, seconds_ago=CHANGED_AT_SECONDS + int(seconds)))
     result = await session.execute(select(CHAT.c.id, CHAT.c.version).where(CHAT.c.changed_at >= since))
     return [(row[0], row[1]) for row in result]
 

@@ -11,7 +11,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.core.errors import Conflict
-from app.db.database import violated_constraint
+from app.db.errors import violated_constraint
 from app.db.models import User
 
 USER = cast(Table, User.__table__)

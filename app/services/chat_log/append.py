@@ -11,8 +11,6 @@ import json
 from collections.abc import Sequence
 from typing import assert_never, cast
 
-from sqlalchemy.ext.asyncio import AsyncConnection
-
 from app.core.clock import Clock, timestamp
 from app.core.errors import (
     Conflict,
@@ -57,7 +55,7 @@ class Appender:
 
     async def append(
         self,
-        connection: AsyncConnection,
+        executor: repository.Executor,
         changes: Sequence[Change],
         message_ids: Sequence[int] = (),
         *,
@@ -68,7 +66,7 @@ class Appender:
         `message_ids` holds an id for every SendMessage among them. With `skip_locked`, changes of chats that
         somebody else holds come back deferred; otherwise the lock is waited for.
         """
-        batch = _Batch(self, connection, changes, message_ids)
+        batch = _Batch(self, executor, changes, message_ids)
         return await batch.run(skip_locked=skip_locked)
 
 
@@ -82,7 +80,7 @@ class _Draft:
         self.roster = roster
         self.info_version_before = row.info_version
         self.updated = ChatUpdate(
-            row.id, row.last_seq, row.version, row.members_version, row.info_version, row.member_count, None
+            row, row.last_seq, row.version, row.members_version, row.info_version, row.member_count, None
         )
         self.new: list[MessageRow] = []
         self.events: list[ChatEvent] = []
@@ -105,10 +103,10 @@ class _Draft:
 
 class _Batch:
     def __init__(
-        self, appender: Appender, connection: AsyncConnection, changes: Sequence[Change], message_ids: Sequence[int]
+        self, appender: Appender, executor: repository.Executor, changes: Sequence[Change], message_ids: Sequence[int]
     ) -> None:
         self.appender = appender
-        self.connection = connection
+        self.executor = executor
         self.changes = changes
         self.message_ids = iter(message_ids)
         self.now = appender.clock.now().replace(tzinfo=None)
@@ -163,35 +161,15 @@ class _Batch:
     # --- reading, all under the locks ---
 
     async def _read(self, *, skip_locked: bool) -> None:
-        connection = self.connection
+        executor = self.executor
         chat_ids = sorted({change.chat_id for change in self.changes})
-        rows = await repository.lock_chats(connection, chat_ids, skip_locked=skip_locked)
-        if skip_locked and len(rows) < len(chat_ids):
-            missing = set(chat_ids) - {row.id for row in rows}
-            self.locked = {row.id for row in await repository.find_chats(connection, sorted(missing))}
-        rosters = {row.id: self.appender.rosters.get(row.id) for row in rows}
-        moved = {change.chat_id for change in self.changes if isinstance(change, RosterMoved)}
-        stale = [
-            row
-            for row in rows
-            if (known := rosters[row.id]) is None
-            or known.members_version != row.members_version
-            or row.id in moved  # the caller has just changed the pair's row, in this transaction
-        ]
-        for roster in await load_rosters(connection, stale):
-            rosters[roster.chat_id] = roster
-        for row in rows:
-            roster_now = rosters[row.id]
-            if roster_now is not None:
-                self.drafts[row.id] = _Draft(row, roster_now)
-
-        client_keys: list[tuple[int, int, bytes]] = []
+        client_ids: list[tuple[int, int, bytes]] = []
         targets: set[int] = set()
         member_keys: set[tuple[int, int]] = set()
         for change in self.changes:
             match change:
                 case SendMessage():
-                    client_keys.append((change.chat_id, change.user_id, change.client_id))
+                    client_ids.append((change.chat_id, change.user_id, change.client_id))
                     if change.reply_to is not None:
                         targets.add(change.reply_to)
                 case EditMessage() | DeleteMessage():
@@ -206,15 +184,38 @@ class _Batch:
                     pass
                 case _:
                     assert_never(change)
-        if client_keys:
-            for sent in await repository.find_by_client_ids(connection, client_keys):
-                self.earlier[sent.chat_id, sent.sender_id, sent.client_id] = Done(message_view(sent))
-        if targets:
-            self.targets = {row.id: row for row in await repository.find_messages(connection, sorted(targets))}
-        if member_keys:
-            found = await repository.find_members(connection, sorted(member_keys))
-            self.members = {(row.chat_id, row.user_id): row for row in found}
-            self.existing_members = set(self.members)
+        found = await repository.lock_and_find(
+            executor,
+            chat_ids,
+            client_ids=client_ids,
+            message_ids=sorted(targets),
+            member_keys=sorted(member_keys),
+            skip_locked=skip_locked,
+        )
+        if skip_locked and len(found.chats) < len(chat_ids):
+            missing = set(chat_ids) - {row.id for row in found.chats}
+            self.locked = {row.id for row in await repository.find_chats(executor, sorted(missing))}
+        for sent in found.earlier:
+            self.earlier[sent.chat_id, sent.sender_id, sent.client_id] = Done(message_view(sent))
+        self.targets = {row.id: row for row in found.messages}
+        self.members = {(row.chat_id, row.user_id): row for row in found.members}
+        self.existing_members = set(self.members)
+
+        moved = {change.chat_id for change in self.changes if isinstance(change, RosterMoved)}
+        rosters = {row.id: self.appender.rosters.get(row.id) for row in found.chats}
+        stale = [
+            row
+            for row in found.chats
+            if (known := rosters[row.id]) is None
+            or known.members_version != row.members_version
+            or row.id in moved  # the caller has just changed the pair's row, in this transaction
+        ]
+        for roster in await load_rosters(executor, stale):
+            rosters[roster.chat_id] = roster
+        for row in found.chats:
+            roster_now = rosters[row.id]
+            if roster_now is not None:
+                self.drafts[row.id] = _Draft(row, roster_now)
 
     # --- deciding, in memory ---
 
@@ -315,7 +316,7 @@ class _Batch:
         updated.last_activity_at = self.now
         draft.new.append(
             MessageRow(
-                updated.id,
+                draft.row.id,
                 seq,
                 message_id,
                 version,
@@ -334,12 +335,12 @@ class _Batch:
         # Sending moves all of one's own marks: whoever answers has read. Clients conclude it from the message, so
         # the member's row needs no version of its own.
         if user_id in draft.roster.members:
-            mark = self._mark_update(updated.id, user_id)
+            mark = self._mark_update(draft.row.id, user_id)
             mark.read_seq = mark.delivered_seq = mark.public_read_seq = mark.public_delivered_seq = seq
             mark.read_at = self.now
         message: Message = {
             "id": message_id,
-            "chat_id": updated.id,
+            "chat_id": draft.row.id,
             "seq": seq,
             "version": version,
             "sender_id": user_id,
@@ -357,7 +358,7 @@ class _Batch:
         draft.add_event(
             {
                 "type": "new_message",
-                "chat_id": updated.id,
+                "chat_id": draft.row.id,
                 "version": version,
                 "prev": prev,
                 "message": message,
@@ -488,7 +489,7 @@ class _Batch:
         rows: list[MemberRow] = []
         for user_id, role in change.join:
             row = MemberRow(
-                chat_id=updated.id,
+                chat_id=draft.row.id,
                 user_id=user_id,
                 role=role,
                 joined_at=self.now,
@@ -508,12 +509,12 @@ class _Batch:
             draft.joined.add(user_id)
             draft.left.discard(user_id)
         for user_id in change.leave:
-            rows.append(self._member(updated.id, user_id)._replace(left_seq=updated.last_seq, version=version))
+            rows.append(self._member(draft.row.id, user_id)._replace(left_seq=updated.last_seq, version=version))
             del active[user_id]
             draft.left.add(user_id)
             draft.joined.discard(user_id)
         for user_id, role in change.roles:
-            rows.append(self._member(updated.id, user_id)._replace(role=role, version=version))
+            rows.append(self._member(draft.row.id, user_id)._replace(role=role, version=version))
             active[user_id] = active[user_id]._replace(role=role)
         for row in rows:
             self.saved_members[row.chat_id, row.user_id] = row
@@ -524,7 +525,7 @@ class _Batch:
         draft.add_event(
             {
                 "type": "members_changed",
-                "chat_id": updated.id,
+                "chat_id": draft.row.id,
                 "version": version,
                 "prev": prev,
                 "members": [member_view(row) for row in rows],
@@ -566,18 +567,18 @@ class _Batch:
     # --- writing ---
 
     async def _write(self) -> None:
-        connection = self.connection
+        executor = self.executor
         changed = [draft for draft in self.drafts.values() if draft.changed]
         if new := [row for draft in changed for row in draft.new]:
-            await repository.insert_messages(connection, new)
+            await repository.insert_messages(executor, new)
         if self.rewritten:
-            await repository.update_messages(connection, list(self.rewritten.values()))
+            await repository.update_messages(executor, list(self.rewritten.values()))
         if changed:
-            await repository.update_chats(connection, [draft.updated for draft in changed])
+            await repository.update_chats(executor, [draft.updated for draft in changed])
         for draft in changed:
             if draft.updated.info_version != draft.info_version_before:
                 await repository.update_chat_info(
-                    connection,
+                    executor,
                     draft.row.id,
                     title=draft.row.title,
                     description=draft.row.description,
@@ -585,17 +586,15 @@ class _Batch:
                 )
         await self._stamp_accounts()
         if self.saved_members:
-            await repository.save_members(
-                connection, list(self.saved_members.values()), frozenset(self.existing_members)
-            )
+            await repository.save_members(executor, list(self.saved_members.values()), frozenset(self.existing_members))
         if self.marks:
-            await repository.update_marks(connection, list(self.marks.values()))
+            await repository.update_marks(executor, list(self.marks.values()))
 
     async def _stamp_accounts(self) -> None:
         """Number what only its owner sees: who joined, who left, whose own mark moved unseen."""
         if not self.account_steps:
             return
-        last = await repository.bump_account_versions(self.connection, self.account_steps)
+        last = await repository.bump_account_versions(self.executor, self.account_steps)
 
         def stamp(user_id: int) -> int:
             last[user_id] += 1

@@ -1,10 +1,10 @@
 """The group-committing writer: what arrives from all connections during one commit is the next transaction.
 
-No timer: an idle server commits a lone message at once, a busy one a few hundred together. On MySQL two batches may
-be under way, never with the same chat in both: one is worked out while the other waits for the disk. An outcome is
-told after the commit, never before. A transaction that fails for the database's reasons is tried again with the same
-client ids, so that a commit whose outcome is unknown still makes one row; one that fails for its content is bisected,
-so that one poisoned change fails alone.
+No timer: an idle server commits a lone message at once, a busy one a few hundred together. One batch is under way at
+a time; two at once made smaller ones, and dearer per message (docs/performance.md). An outcome is told after the
+commit, never before; while it is told, the next batch is on its way to the database. A transaction that fails for the
+database's reasons is tried again with the same client ids, so that a commit whose outcome is unknown still makes one
+row; one that fails for its content is bisected, so that one poisoned change fails alone.
 """
 
 from __future__ import annotations
@@ -16,21 +16,22 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from sqlalchemy.exc import DBAPIError
-from sqlalchemy.exc import TimeoutError as PoolTimeoutError
-
 from app.core.clock import Clock
 from app.core.config import Settings
 from app.core.errors import DialectError, Unavailable
 from app.core.ids import IdAllocator
-from app.db.database import Database, deadline, describe, is_transient
+from app.db.database import Database
+from app.db.errors import DATABASE_ERRORS, describe, is_transient
 from app.services.chat_log.append import Appender
-from app.services.chat_log.changes import Appended, Change, Deferred, Done, SendMessage
+from app.services.chat_log.changes import Appended, Change, Deferred, Done, EditMessage, SendMessage
 
 log = logging.getLogger(__name__)
 
 STOP_SECONDS = 1.0
 """What a drain has not got done, a database that is away will not do in longer either."""
+
+BATCH_CHARACTERS_MAX = 500_000
+"""Text in one transaction: in one packet to MySQL it takes up to eight bytes per character."""
 
 OnDone = Callable[[Done | DialectError], None]
 
@@ -71,10 +72,7 @@ class Writer:
         self._ids = ids
         self._announce = announce
         self._queue: deque[_Pending] = deque()
-        self._batches: dict[int, list[_Pending]] = {}
-        self._busy: set[int] = set()
-        """Chats of the batches under way: what comes for them waits, or it could overtake."""
-        self._lanes = 2 if database.is_mysql else 1
+        self._batch: list[_Pending] = []
         self._wake = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -84,7 +82,7 @@ class Writer:
     def start(self) -> None:
         """Begin committing."""
         self._tasks = [
-            *(asyncio.create_task(self._run(lane), name=f"writer-{lane}") for lane in range(self._lanes)),
+            asyncio.create_task(self._run(), name="writer"),
             asyncio.create_task(self._expire(), name="writer-deadlines"),
         ]
 
@@ -110,7 +108,7 @@ class Writer:
         return len(self._all())
 
     def _all(self) -> list[_Pending]:
-        return [*(pending for batch in self._batches.values() for pending in batch), *self._queue]
+        return [*self._batch, *self._queue]
 
     def submit(self, change: Change, on_done: OnDone) -> None:
         """Queue a change; `on_done` is called with what came of it, after the commit.
@@ -124,8 +122,7 @@ class Writer:
         deadline = self._clock.monotonic() + self._settings.write_timeout_seconds
         self._queue.append(_Pending(change, on_done, deadline))
         self._idle.clear()
-        if change.chat_id not in self._busy:
-            self._wake.set()
+        self._wake.set()
 
     async def write(self, change: Change) -> Done:
         """Queue a change and wait for it. Never call this while holding a transaction: on SQLite it would wait
@@ -144,16 +141,13 @@ class Writer:
 
     # --- the loop ---
 
-    async def _run(self, lane: int) -> None:
+    async def _run(self) -> None:
         while True:
-            await self._wake.wait()
-            batch = self._take()
-            if not batch:
+            if not self._queue:
+                self._idle.set()
                 self._wake.clear()
-                continue
-            chats = {pending.change.chat_id for pending in batch}
-            self._batches[lane] = batch
-            self._busy |= chats
+                await self._wake.wait()
+            batch = self._batch = self._take()
             deferred: list[_Pending] = []
             try:
                 deferred = await self._commit(batch)
@@ -161,29 +155,21 @@ class Writer:
                 log.exception("writer_failed")
                 for pending in batch:
                     pending.settle(DialectError("internal_error", "The server failed to store this."))
-            if len(deferred) == len(batch):
+            if batch and len(deferred) == len(batch):
                 await asyncio.sleep(0.005)  # nothing but locked chats: let their holder finish
             self._queue.extendleft(reversed(deferred))
-            self._busy -= chats
-            del self._batches[lane]
-            if self._queue:
-                self._wake.set()
-            elif not self._batches:
-                self._idle.set()
+            self._batch = []
 
     def _take(self) -> list[_Pending]:
-        """The next batch: what is first in line, without the chats that are busy, and in order."""
+        """The next batch: what is first in line and still wanted."""
         batch: list[_Pending] = []
-        kept: list[_Pending] = []
-        while self._queue and len(batch) < self._settings.writer_batch_max:
+        characters = 0
+        while self._queue and len(batch) < self._settings.writer_batch_max and characters < BATCH_CHARACTERS_MAX:
             pending = self._queue.popleft()
-            if pending.change.chat_id in self._busy:
-                kept.append(pending)
-            elif pending.on_done is not None:
+            if pending.on_done is not None:
                 batch.append(pending)
-        self._queue.extendleft(reversed(kept))
-        if not batch and not self._queue and not self._batches:
-            self._idle.set()
+                if isinstance(pending.change, (SendMessage, EditMessage)):
+                    characters += len(pending.change.content)
         return batch
 
     async def _expire(self) -> None:
@@ -204,45 +190,41 @@ class Writer:
             try:
                 appended = await self._transact(batch)
             except Exception as error:
-                transient = isinstance(error, (Unavailable, OSError, TimeoutError, PoolTimeoutError)) or (
-                    isinstance(error, DBAPIError) and is_transient(error)
-                )
-                if not transient:
+                if not is_transient(error):
                     return await self._bisect(batch, error)
                 log.warning("batch_retried", extra={"changes": len(batch), "error": describe(error)})
                 await asyncio.sleep(pause)
                 pause = min(pause * 2, 0.5)
             else:
-                return self._tell(batch, appended)
+                # The next batch is on its way to the database before this one is told: both cost time, on two sides.
+                asyncio.get_running_loop().call_soon(self._tell, batch, appended)
+                return [
+                    pending
+                    for pending, outcome in zip(batch, appended.outcomes, strict=True)
+                    if isinstance(outcome, Deferred)
+                ]
         return []
 
     async def _transact(self, batch: Sequence[_Pending]) -> Appended:
         changes = [pending.change for pending in batch]
         sends = sum(isinstance(change, SendMessage) for change in changes)
         ids = await self._ids.reserve("message", sends) if sends else ()
-        async with (
-            deadline(self._settings.db_timeout_seconds),
-            self._database.log_engine.begin() as connection,
-        ):
+        async with self._database.appending() as connection:
             return await self._appender.append(connection, changes, ids, skip_locked=True)
 
-    def _tell(self, batch: Sequence[_Pending], appended: Appended) -> list[_Pending]:
-        """Truth before talk: the transaction is committed; acknowledge, then announce. Returns what met a lock."""
-        deferred: list[_Pending] = []
+    def _tell(self, batch: Sequence[_Pending], appended: Appended) -> None:
+        """Truth before talk: the transaction is committed; acknowledge, then announce."""
         for pending, outcome in zip(batch, appended.outcomes, strict=True):
-            if isinstance(outcome, Deferred):
-                deferred.append(pending)
-            else:
+            if not isinstance(outcome, Deferred):
                 pending.settle(outcome)
         try:
             self._announce(appended)
         except Exception:
             log.exception("announce_failed")  # the sweep finds what was not let out
-        return deferred
 
     async def _bisect(self, batch: Sequence[_Pending], error: Exception) -> list[_Pending]:
         if len(batch) == 1:
-            if isinstance(error, DBAPIError):
+            if isinstance(error, DATABASE_ERRORS):
                 log.error("change_refused_by_database", extra={"error": describe(error)})
             else:
                 log.error("change_failed", exc_info=error)
