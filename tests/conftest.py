@@ -64,6 +64,7 @@ def settings(request: pytest.FixtureRequest, tmp_path: Path) -> Settings:
         values = request.getfixturevalue("mysql_database").new()
     else:
         values = request.getfixturevalue("sqlite_template").new(tmp_path)
+    values["upload_path"] = tmp_path / "uploads"
     for mark in reversed(list(request.node.iter_markers("settings"))):
         values = {**values, **mark.kwargs}
     return make_settings(**values)

@@ -52,7 +52,7 @@ def middleware(settings: Settings, clock: Clock) -> list[Middleware]:
                 max_age=600,
             )
         )
-    return [*stack, Middleware(LastResort), Middleware(BodyGuard, max_bytes=settings.max_body_bytes)]
+    return [*stack, Middleware(LastResort), Middleware(BodyGuard, settings=settings)]
 
 
 class StartupGuard:
@@ -208,12 +208,19 @@ class LastResort:
                 await internal_error()(scope, receive, send)
 
 
+MULTIPART_BYTES = 16 * 1024
+"""What may stand around a file in a body."""
+
+
 class BodyGuard:
     """Stops bodies above the limit as they stream in, and JSON that later rooms could not store or answer."""
 
-    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, settings: Settings) -> None:
         self.app = app
-        self.max_bytes = max_bytes
+        self.max_bytes = settings.max_body_bytes
+        self.uploads = {
+            "/api/v1/messages/upload": settings.max_upload_bytes + MULTIPART_BYTES,
+        }
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -229,26 +236,28 @@ class BodyGuard:
         headers = Headers(scope=scope)
         declared = headers.get("content-length", "")
         is_json = "json" in headers.get("content-type", "").lower()
+        max_bytes = self.uploads.get(scope["path"], self.max_bytes)
         seen = 0
         chunks: list[bytes] = []
 
         async def guarded() -> Message:
             nonlocal seen
-            if declared.isdecimal() and int(declared) > self.max_bytes:
-                raise _refused(TooLarge("body_too_large", f"A body may have {self.max_bytes} bytes."))
+            if declared.isdecimal() and int(declared) > max_bytes:
+                raise _refused(TooLarge("body_too_large", f"A body may have {max_bytes} bytes."))
             message = await receive()
             if message["type"] == "http.request":
                 chunk = message.get("body", b"")
                 seen += len(chunk)
-                if seen > self.max_bytes:
-                    raise _refused(TooLarge("body_too_large", f"A body may have {self.max_bytes} bytes."))
+                if seen > max_bytes:
+                    raise _refused(TooLarge("body_too_large", f"A body may have {max_bytes} bytes."))
                 if is_json:
                     chunks.append(chunk)
                     if not message.get("more_body", False):
                         check_json(chunks)
             return message
 
-        await self.app(scope, guarded, send)
+        # The body of a GET is nobody's: a response that streams looks there only for the client's leaving.
+        await self.app(scope, receive if scope["method"] in ("GET", "HEAD") else guarded, send)
 
 
 def check_json(chunks: Iterable[bytes]) -> None:

@@ -52,6 +52,7 @@ CODES = {
     405: "method_not_allowed",
     413: "body_too_large",
     415: "unsupported_media_type",
+    416: "range_not_satisfiable",
     426: "upgrade_required",
 }
 DETAILS = {

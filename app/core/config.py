@@ -57,6 +57,24 @@ class Settings(BaseSettings):
     # Firebase: read by the push service.
     firebase_credentials_path: Path | None = Field(None, description="Service account of Firebase, for push.")
 
+    # Files
+    upload_path: Path = Field(Path("uploads"), description="Where files are kept, and where they come in.")
+    max_upload_bytes: int = Field(50 * 1024 * 1024, ge=1024, description="Largest file.")
+    max_avatar_bytes: int = Field(10 * 1024 * 1024, ge=1024, description="Largest picture for an avatar.")
+    max_stored_bytes_per_user: int = Field(
+        10 * 1024**3, ge=0, description="All files of one account together; 0 for no bound."
+    )
+    max_attachments: int = Field(10, ge=1, le=100, description="Files in one message.")
+    max_image_pixels: int = Field(25_000_000, ge=1_000_000, description="Pixels of an image.")
+    max_image_frames: int = Field(100, ge=1, description="Pictures of an animation.")
+    image_processes: int = Field(1, ge=1, le=32, description="Images decoded at the same time, each in its process.")
+    unattached_file_hours: float = Field(24, gt=0, description="A file that no message holds is deleted after this.")
+    s3_bucket: str = Field("", description="Keeps files in this bucket of an S3-compatible store instead.")
+    s3_endpoint_url: str = Field("", description="Of a store that is not Amazon's.")
+    s3_region: str = Field("us-east-1", description="Region of the bucket.")
+    s3_access_key_id: str = Field("", description="Empty: as the environment of AWS says.")
+    s3_secret_access_key: SecretStr = Field(SecretStr(""), description="Secret of that key.")
+
     # Edge
     host: str = Field("0.0.0.0", description="Address that `python -m app` listens on.")  # noqa: S104 - a server
     port: int = Field(8000, ge=0, le=65535, description="Port that `python -m app` listens on.")
@@ -123,6 +141,7 @@ class Settings(BaseSettings):
     limit_login_failures_per_account: str = Field("100/day", description="Wrong passwords of one account.")
     limit_refresh_per_ip: str = Field("120/minute", description="Refreshes from one address.")
     limit_chats_created_per_user: str = Field("300/hour", description="Chats one account may create.")
+    limit_uploads_per_user: str = Field("60/minute", description="Files one account may upload.")
     limit_search_per_user: str = Field("60/minute", description="Searches of one account.")
     limit_username_checks_per_ip: str = Field("100/minute", description="Availability look-ups from one address.")
     limit_requests_per_user: str = Field("50/second", description="REST requests of one account.")

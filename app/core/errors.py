@@ -103,6 +103,11 @@ def message_not_found() -> NotFound:
     return NotFound("message_not_found", "There is no such message.")
 
 
+def file_not_found() -> NotFound:
+    """The one answer for a file that is missing, or not for the caller."""
+    return NotFound("file_not_found", "There is no such file.")
+
+
 def user_not_found() -> NotFound:
     """The one answer for a user who is missing, or hidden from the caller."""
     return NotFound("user_not_found", "There is no such user.")

@@ -10,8 +10,8 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Literal
 
-Kind = Literal["user", "session", "chat", "message"]
-BLOCK: dict[Kind, int] = {"user": 50, "session": 100, "chat": 100, "message": 5000}
+Kind = Literal["user", "session", "chat", "message", "file"]
+BLOCK: dict[Kind, int] = {"user": 50, "session": 100, "chat": 100, "message": 5000, "file": 100}
 
 Lease = Callable[[Kind, int], Awaitable[int]]
 """Leases `n` ids of a kind and returns the first."""

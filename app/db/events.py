@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, TypeAdapter
+from pydantic import ConfigDict, Field, TypeAdapter
 from typing_extensions import TypedDict
 
 from app.db.schemas import (
+    SENDABLE,
     AccountVersion,
+    AttachmentIds,
     Chat,
     ClientId,
     Content,
@@ -44,10 +46,13 @@ class Command(In):
 class NewMessageCommand(Command):
     """Send a message. Answered by `ack` once it is stored for good; everybody in the chat gets `new_message`."""
 
+    model_config = ConfigDict(json_schema_extra=SENDABLE)
+
     type: Literal["new_message"]
     chat_id: Id
-    content: Content
+    content: Content = ""
     message_type: SendableType = "text"
+    attachments: AttachmentIds = Field(default_factory=list)
     client_id: ClientId | None = None
     reply_to: Id | None = None
 

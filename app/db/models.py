@@ -246,6 +246,8 @@ class Message(Base):
     """JSON of a service message: what happened, and to whom."""
     reply_to_id: Mapped[int | None] = mapped_column(ID)
     reply_to_seq: Mapped[int | None] = mapped_column(ID)
+    attachments: Mapped[str | None] = mapped_column(Text)
+    """JSON of the files it holds, as the wire shows them: what a file is never changes."""
     created_at: Mapped[datetime] = mapped_column(MICROSECONDS)
     edited_at: Mapped[datetime | None] = mapped_column(MICROSECONDS)
     deleted_at: Mapped[datetime | None] = mapped_column(MICROSECONDS)
@@ -262,3 +264,45 @@ class HiddenMessage(Base):
     seq: Mapped[int] = mapped_column(ID, primary_key=True, autoincrement=False)
     message_id: Mapped[int] = mapped_column(ID)
     account_version: Mapped[int] = mapped_column(ID)
+
+
+class File(Base):
+    """An uploaded file. Its bytes are in the storage, under `storage_key`."""
+
+    __tablename__ = "files"
+    __table_args__ = (
+        Index("ix_files_owner", "owner_id", "size"),
+        Index("ix_files_collect_at", "collect_at"),
+        OPTIONS,
+    )
+
+    id: Mapped[int] = mapped_column(ID, primary_key=True, autoincrement=False)
+    owner_id: Mapped[int] = mapped_column(ID)
+    kind: Mapped[str] = mapped_column(ascii_binary(8))
+    media_type: Mapped[str] = mapped_column(ascii_binary(127))
+    name: Mapped[str] = mapped_column(String(255))
+    """As its owner calls it. Never a path of ours."""
+    size: Mapped[int] = mapped_column(ID)
+    sha256: Mapped[bytes] = mapped_column(FixedBinary(32))
+    width: Mapped[int | None] = mapped_column(Integer)
+    height: Mapped[int | None] = mapped_column(Integer)
+    blurhash: Mapped[str | None] = mapped_column(ascii_binary(64))
+    storage_key: Mapped[str] = mapped_column(ascii_binary(64))
+    thumbnail_size: Mapped[int | None] = mapped_column(Integer)
+    """Of `storage_key` + `.320`, if there is one."""
+    created_at: Mapped[datetime] = mapped_column(MICROSECONDS)
+    ready: Mapped[bool] = mapped_column(Boolean, default=False)
+    """False until the storage has the bytes."""
+    collect_at: Mapped[datetime | None] = mapped_column(MICROSECONDS)
+    """When to delete it unless a message holds it by then; NULL while one does."""
+
+
+class Attachment(Base):
+    """A file in a message: who may see the message may fetch the file."""
+
+    __tablename__ = "attachments"
+    __table_args__ = (OPTIONS,)
+
+    file_id: Mapped[int] = mapped_column(ID, primary_key=True, autoincrement=False)
+    chat_id: Mapped[int] = mapped_column(ID, primary_key=True, autoincrement=False)
+    seq: Mapped[int] = mapped_column(ID, primary_key=True, autoincrement=False)

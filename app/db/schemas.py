@@ -11,7 +11,7 @@ import unicodedata
 from typing import Annotated, Literal
 from uuid import UUID
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, JsonValue
 from typing_extensions import TypedDict
 
 MAX_ID = 2**53 - 1
@@ -54,8 +54,9 @@ ClientId = Annotated[
 
 ChatType = Literal["personal", "group", "saved"]
 Role = Literal["owner", "admin", "member"]
-MessageType = Literal["text", "service"]
-SendableType = Literal["text"]
+FileKind = Literal["image", "video", "audio", "file"]
+MessageType = Literal["text", "image", "video", "audio", "file", "service"]
+SendableType = Literal["text", "image", "video", "audio", "file"]
 ServiceAction = Literal[
     "chat_created", "members_added", "member_removed", "member_left", "title_changed", "description_changed"
 ]
@@ -298,11 +299,44 @@ class Availability(TypedDict):
 # --- messages ---------------------------------------------------------------------------------------------------
 
 
-class MessageIn(In):
-    """A message to send."""
+AttachmentIds = Annotated[
+    list[Id],
+    Field(
+        max_length=100,
+        json_schema_extra={"uniqueItems": True, "maxItems": 10},
+        description="Ids of the caller's own uploaded files, at most 10 unless the server is set otherwise; more "
+        "than one is an album. `image` and `video` messages take both kinds, `audio` takes audio, `file` anything.",
+    ),
+]
 
-    content: Content
+SENDABLE: dict[str, JsonValue] = {
+    "oneOf": [
+        {
+            "title": "Text",
+            "properties": {"message_type": {"const": "text"}, "attachments": {"maxItems": 0}},
+            "required": ["content"],
+        },
+        {
+            "title": "Media, with or without a caption",
+            "properties": {
+                "message_type": {"enum": ["image", "video", "audio", "file"]},
+                "attachments": {"minItems": 1},
+            },
+            "required": ["message_type", "attachments"],
+        },
+    ]
+}
+"""JSON Schema of what goes together in a message to send."""
+
+
+class MessageIn(In):
+    """A message to send: text, or files with or without a caption."""
+
+    model_config = ConfigDict(json_schema_extra=SENDABLE)
+
+    content: Content = ""
     message_type: SendableType = "text"
+    attachments: AttachmentIds = Field(default_factory=list)
     client_id: ClientId | None = None
     reply_to: Id | None = Field(None, description="Id of the message it answers, in the same chat.")
 
@@ -321,6 +355,26 @@ class Service(TypedDict):
     text: Annotated[str, Field(description="The new title or description.")]
 
 
+class Attachment(TypedDict):
+    """A file in a message. Fetch it at `/api/v1/files/{file_id}`, its thumbnail at `.../thumbnail`."""
+
+    file_id: Id
+    kind: FileKind
+    media_type: Annotated[str, Field(description="By its content, not by its name.", examples=["image/jpeg"])]
+    name: Annotated[str, Field(description="As its sender called it.", examples=["holiday.jpg"])]
+    size: Annotated[int, Field(ge=0, description="Bytes.")]
+    width: Annotated[int | None, Field(description="Pixels of an image.")]
+    height: int | None
+    blurhash: Annotated[str | None, Field(description="Of an image: to show until it is loaded (blurha.sh).")]
+    thumbnail: Annotated[bool, Field(description="Whether there is a smaller copy, in WebP.")]
+
+
+class UploadedFile(Attachment):
+    """A file that its owner may attach to messages; one that no message holds is deleted after a day."""
+
+    created_at: Timestamp
+
+
 class Message(TypedDict):
     """A message. `version` is the chat version of its last change."""
 
@@ -333,6 +387,7 @@ class Message(TypedDict):
     message_type: MessageType
     content: Annotated[str, Field(description="Empty when deleted or hidden.")]
     service: Service | None
+    attachments: list[Attachment]
     reply_to: Annotated[Id | None, Field(description="Id of the message it answers.")]
     reply_to_seq: Seq | None
     created_at: Timestamp

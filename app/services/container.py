@@ -26,9 +26,12 @@ from app.services.chat_log.sequencer import Sequencer
 from app.services.chat_log.writer import Writer
 from app.services.chat_service import ChatService
 from app.services.connection_manager import ConnectionManager
+from app.services.file_service import FileService
+from app.services.image_service import ImageService
 from app.services.message_service import MessageService
 from app.services.presence_service import PresenceService
 from app.services.rate_limiter import RateLimiter
+from app.services.storage import open_storage
 from app.services.typing_service import TypingService
 from app.services.unit_of_work import UnitOfWorkFactory
 from app.services.user_service import UserService
@@ -59,6 +62,7 @@ class Services:
     catch_up: CatchUpService
     chats: ChatService
     messages: MessageService
+    files: FileService
     typing: TypingService
     presence: PresenceService
 
@@ -70,6 +74,7 @@ class Services:
         self.connections.start()
         # Beside serving: a million names take a while, and until the filter is warm the database is asked.
         self.connections.spawn(self._warm_usernames(), "warm-usernames")
+        self.files.start()
         self.sequencer.start()
         self.writer.start()
 
@@ -83,6 +88,7 @@ class Services:
     async def stop(self) -> None:
         """Finish what was begun and give everything back; also after a start that failed half-way."""
         await self.writer.stop()
+        await self.files.stop()
         await self.presence.flush()
         await self.connections.stop()
         await self.sequencer.stop()
@@ -168,6 +174,15 @@ def build_services(settings: Settings, clock: Clock | None = None) -> Services:
         chats=ChatService(settings=settings, clock=clock, database=database, limiter=rate_limiter),
         messages=MessageService(
             settings=settings, clock=clock, database=database, writer=writer, unit_of_work=unit_of_work
+        ),
+        files=FileService(
+            settings=settings,
+            clock=clock,
+            database=database,
+            ids=ids,
+            limiter=rate_limiter,
+            storage=open_storage(settings),
+            images=ImageService(settings),
         ),
         typing=TypingService(database=database, rosters=rosters, connections=connections),
         presence=presence,

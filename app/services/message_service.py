@@ -70,7 +70,7 @@ class MessageService:
     def _change(self, user_id: int, command: StoredCommand) -> SendMessage | EditMessage | DeleteMessage | Mark:
         match command:
             case NewMessageCommand():
-                self._check_content(command.content)
+                self._check_sendable(command)
                 self._check_rate(user_id)
                 return SendMessage(
                     chat_id=command.chat_id,
@@ -80,6 +80,7 @@ class MessageService:
                     content=command.content,
                     message_type=command.message_type,
                     reply_to=command.reply_to,
+                    attachments=tuple(command.attachments),
                 )
             case EditMessageCommand():
                 self._check_content(command.content)
@@ -92,6 +93,23 @@ class MessageService:
                 return Mark(command.chat_id, user_id, command.message_id, "read")
             case MessageDeliveredCommand():
                 return Mark(command.chat_id, user_id, command.message_id, "delivered")
+
+    def _check_sendable(self, command: NewMessageCommand) -> None:
+        files = command.attachments
+        if command.content or not files:
+            self._check_content(command.content)
+        if len(files) > self._settings.max_attachments:
+            raise BadInput(
+                "too_many_attachments",
+                f"A message has at most {self._settings.max_attachments} files.",
+                field="attachments",
+            )
+        if len(set(files)) != len(files) or bool(files) != (command.message_type != "text"):
+            raise BadInput(
+                "attachment_mismatch",
+                "Messages of every type but text hold files, each of them once; those of type text hold none.",
+                field="attachments",
+            )
 
     def _check_content(self, content: str) -> None:
         if len(content) > self._settings.max_message_chars:

@@ -17,6 +17,7 @@ from fastapi import FastAPI
 
 from tests.support.accounts import new_person
 from tests.support.databases import SECRET_KEY
+from tests.support.images import image
 from tests.support.people import Person, people
 from tests.support.secrets import plant
 from tests.support.tokens import forgeries
@@ -25,8 +26,9 @@ pytestmark = pytest.mark.timeout(300)
 
 Json = dict[str, Any]
 API = "/api/v1"
-IDS = {"chat_id", "message_id", "user_id", "session_id"}
+IDS = {"chat_id", "message_id", "user_id", "session_id", "file_id"}
 MISSING = 999_999
+UPLOAD = b'--b\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\nx\r\n--b--\r\n'
 
 
 # --- what good requests look like -------------------------------------------------------------------------------
@@ -47,21 +49,43 @@ class Scene:
     message: int
     other_chat: int
     other_message: int
+    file: int
+    other_file: int
 
     def id(self, name: str) -> int:
         """A good value of a path parameter."""
-        return {"chat_id": self.chat, "message_id": self.message, "user_id": self.bystander.id, "session_id": 0}[name]
+        return {
+            "chat_id": self.chat,
+            "message_id": self.message,
+            "user_id": self.bystander.id,
+            "session_id": 0,
+            "file_id": self.file,
+        }[name]
 
 
 async def set_scene(client: httpx.AsyncClient) -> Scene:
     owner, member, other_member, ex_member, stranger, bystander = await people(client, 6)
     chat = await owner.group(member, other_member, ex_member)
     message = await owner.say(chat, "of the owner")
+    file, other_file = await owner.upload(image(), "a.png"), await bystander.upload(b"of others")
+    await owner.send_files(chat, "image", file)
     await owner.remove(chat, ex_member)
     other_chat = await bystander.group()
     other = await bystander.say(other_chat, "of others")
     return Scene(
-        owner, owner, member, other_member, ex_member, stranger, bystander, chat, message["id"], other_chat, other["id"]
+        owner,
+        owner,
+        member,
+        other_member,
+        ex_member,
+        stranger,
+        bystander,
+        chat,
+        message["id"],
+        other_chat,
+        other["id"],
+        file["file_id"],
+        other_file["file_id"],
     )
 
 
@@ -71,6 +95,7 @@ class Route:
 
     body: Callable[[Scene], Json] | None = None
     form: Callable[[Scene], Json] | None = None
+    upload: bool = False
     query: Callable[[Scene], Json] = lambda _scene: {}
     ids: Callable[[Scene], Json] = lambda _scene: {}
     may: str = "ok ok ok ok"
@@ -142,6 +167,7 @@ ROUTES: dict[str, Route] = {
             "content": "A",
             "message_type": "text",
             "client_id": "4fa0e1d4-0f0f-4d1e-9a5e-0c6bdb3c9a51",
+            "attachments": [],
             "reply_to": scene.message,
         },
         may="ok ok 404 404",
@@ -154,6 +180,9 @@ ROUTES: dict[str, Route] = {
     f"POST {API}/chats/{{chat_id}}/messages/{{message_id}}/read": Route(may="ok ok 404 404"),
     f"GET {API}/chats/{{chat_id}}/messages/{{message_id}}/readers": Route(may="ok ok 404 404"),
     f"GET {API}/messages/history/{{chat_id}}": Route(may="ok ok 404 404"),
+    f"POST {API}/messages/upload": Route(upload=True),
+    f"GET {API}/files/{{file_id}}": Route(may="ok ok 404 404"),
+    f"GET {API}/files/{{file_id}}/thumbnail": Route(may="ok ok 404 404"),
     f"POST {API}/messages/resume": Route(
         body=lambda scene: {"epoch": "x", "account_version": 0, "chats": {str(scene.chat): 0}}
     ),
@@ -170,6 +199,7 @@ class Call:
         route = ROUTES[key]
         self.body = route.body(scene) if route.body else None
         self.form = route.form(scene) if route.form else None
+        self.upload = route.upload
         self.query = route.query(scene)
         self.ids = {name: scene.id(name) for name in re.findall(r"{(\w+)}", self.template)}
         self.ids |= route.ids(scene) | ids
@@ -183,6 +213,8 @@ class Call:
         content, kind = b"", ""
         if self.form is not None:
             content, kind = str(httpx.QueryParams(self.form)).encode(), "application/x-www-form-urlencoded"
+        elif self.upload:
+            content, kind = UPLOAD, "multipart/form-data; boundary=b"
         elif self.body is not None:
             content, kind = json.dumps(self.body).encode(), "application/json"
         content, kind = changes.get("content", content), changes.get("type", kind)
@@ -291,7 +323,7 @@ async def test_every_route_is_used_well_here(
             call.ids["session_id"] = (await client.get(f"{API}/auth/sessions", headers=call.headers)).json()[0]["id"]
         answer = await call.send()
         assert answer.is_success or ROUTES[key].may.startswith("409"), (key, answer.text)
-        sent = call.form if call.form is not None else call.body
+        sent = call.form if call.form is not None else {"file": ""} if call.upload else call.body
         if "requestBody" in operation:
             _, required = body_fields(app, operation)
             assert sent is not None, key
@@ -388,7 +420,12 @@ async def test_a_body_where_none_is_asked_for_changes_nothing(
     scene = await set_scene(client)
     for key in operations:
         call = Call(client, key, scene)
-        if call.body is None and call.form is None and not key.endswith(("/logout", "DELETE /sessions")):
+        if (
+            call.body is None
+            and call.form is None
+            and not call.upload
+            and not key.endswith(("/logout", "DELETE /sessions"))
+        ):
             if "session_id" in call.ids:
                 continue  # it has none to end but its own
             status = None
@@ -459,7 +496,7 @@ async def test_bad_queries(client: httpx.AsyncClient, operations: dict[str, Json
     for key, operation in operations.items():
         for parameter in operation.get("parameters", ()):
             if parameter["in"] != "query":
-                assert parameter["in"] == "path", (key, parameter)
+                assert parameter["in"] in ("path", "header"), (key, parameter)
                 continue
             call, name, schema = Call(client, key, scene), parameter["name"], parameter["schema"]
             rest = str(httpx.QueryParams({other: item for other, item in call.query.items() if other != name}))
@@ -570,6 +607,7 @@ async def test_what_is_foreign_and_what_is_missing_look_the_same_to_the_byte(
         "message_id": [scene.other_message],
         "session_id": [foreign_session["id"]],
         "user_id": [scene.stranger.id],
+        "file_id": [scene.other_file],
     }
     in_chats = {"user_id": [scene.ex_member.id, scene.stranger.id, scene.bystander.id]}
     compared = set()

@@ -134,6 +134,7 @@ async def test_a_message_is_sent_answered_edited_and_deleted(client: httpx.Async
         "message_type": "text",
         "content": "soup?",
         "service": None,
+        "attachments": [],
         "reply_to": None,
         "reply_to_seq": None,
         "created_at": question["created_at"],

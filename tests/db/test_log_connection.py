@@ -30,7 +30,7 @@ async def test_text_comes_back_as_it_went_in_and_never_ends_a_statement(services
     async with services.database.appending() as connection:
         for number, text in enumerate(NASTY, start=1):
             row = repository.MessageRow(
-                7, number, number, number, 1, bytes([number] * 16), "text", text, text, None, None,
+                7, number, number, number, 1, bytes([number] * 16), "text", text, text, None, None, None,
                 services.clock.now().replace(tzinfo=None), None, None,
             )  # fmt: skip
             await repository.insert_messages(connection, [row])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -22,6 +23,7 @@ TEST_VALUES: dict[str, Any] = {
     "secret_key": SECRET_KEY,
     "host": "127.0.0.1",
     "log_format": "json",
+    "upload_path": Path(tempfile.gettempdir()) / f"dialect-test-uploads-{os.getpid()}",
     # As cheap as Argon2 goes; what it costs in earnest has tests of its own.
     "argon2_memory_kib": 8,
     "argon2_time_cost": 1,

@@ -11,6 +11,7 @@ from tests.support.servers import Server
 from tests.support.socket_client import SocketClient
 
 Json = dict[str, Any]
+OCTETS = "application/octet-stream"
 
 
 class Person:
@@ -79,6 +80,33 @@ class Person:
     async def say(self, chat_id: int, content: str, **fields: Any) -> Json:
         """Send a message; the message."""
         sent: Json = await self.do("POST", f"/chats/{chat_id}/messages", {"content": content, **fields})
+        message: Json = sent["message"]
+        return message
+
+    async def try_upload(
+        self, data: bytes, name: str = "file.bin", content_type: str = OCTETS, path: str = "/messages/upload"
+    ) -> httpx.Response:
+        """Upload a file, whatever comes of it."""
+        return await self.client.post(
+            f"/api/v1{path}", files={"file": (name, data, content_type)}, headers=self.account.headers
+        )
+
+    async def upload(self, data: bytes, name: str = "file.bin", content_type: str = OCTETS) -> Json:
+        """Upload a file; what the server says of it."""
+        answer = await self.try_upload(data, name, content_type)
+        assert answer.status_code == 201, answer.text
+        uploaded: Json = answer.json()
+        return uploaded
+
+    async def fetch(self, file_id: int, suffix: str = "", **headers: str) -> httpx.Response:
+        """Ask for a file."""
+        path = f"/api/v1/files/{file_id}{suffix}"
+        return await self.client.get(path, headers={**self.account.headers, **headers})
+
+    async def send_files(self, chat_id: int, message_type: str, *files: Json, **fields: Any) -> Json:
+        """Send a message with files; the message."""
+        body = {"message_type": message_type, "attachments": [file["file_id"] for file in files], **fields}
+        sent: Json = await self.do("POST", f"/chats/{chat_id}/messages", body)
         message: Json = sent["message"]
         return message
 

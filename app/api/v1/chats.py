@@ -140,7 +140,7 @@ async def send_message(services: ServicesDep, caller: CallerDep, chat_id: ChatId
 
     With a `client_id`, a retry gets the first answer, whenever it comes and over whichever door.
     """
-    command = NewMessageCommand(type="new_message", chat_id=chat_id, **dict(body))
+    command = NewMessageCommand(type="new_message", chat_id=chat_id, **body.model_dump(exclude_unset=True))
     return {"message": await services.messages.send(caller.user_id, command)}
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from fastapi import APIRouter, Path, Query
+from fastapi import APIRouter, Path, Query, Request
 
 from app.api.deps import CallerDep, ServicesDep
+from app.api.multipart import UPLOAD_BODY, receive_file
 from app.api.problems import problems
 from app.db.events import CatchUpEvent
-from app.db.schemas import MAX_ID, History, ResumeIn
+from app.db.schemas import MAX_ID, History, ResumeIn, UploadedFile
 
 router = APIRouter(prefix="/messages", tags=["Messages"])
 
@@ -30,6 +31,25 @@ async def history(
     return await services.messages.history(
         caller.user_id, chat_id, before=before, after=after, around=around, limit=limit
     )
+
+
+@router.post(
+    "/upload",
+    summary="Upload a file",
+    status_code=201,
+    responses=problems(401, 403),
+    openapi_extra=UPLOAD_BODY,
+)
+async def upload(request: Request, services: ServicesDep, caller: CallerDep) -> UploadedFile:
+    """Upload one file, then send a message with its `file_id` in `attachments`.
+
+    Its content decides what it is. Images (JPEG, PNG, GIF, WebP) are encoded afresh, upright and without metadata, and
+    get a thumbnail. 403 `quota_exceeded`, 413 `file_too_large`, 422 `invalid_upload`, `file_empty`, `invalid_image`,
+    `image_too_large`.
+    """
+    async with await services.files.receive(caller.user_id) as incoming:
+        part = await receive_file(request, incoming.write)
+        return await services.files.add(caller.user_id, incoming, part.name, part.content_type)
 
 
 @router.post("/resume", summary="Catch up", responses=problems(401))

@@ -56,6 +56,7 @@ class MessageRow(NamedTuple):
     service: str | None
     reply_to_id: int | None
     reply_to_seq: int | None
+    attachments: str | None
     created_at: datetime
     edited_at: datetime | None
     deleted_at: datetime | None
@@ -69,6 +70,22 @@ _CREATED_AT = MessageRow._fields.index("created_at")
 
 def _message_row(row: Row) -> MessageRow:
     return MessageRow(*row[:_CREATED_AT], *map(_parsed, row[_CREATED_AT:]))
+
+
+class FileRow(NamedTuple):
+    """A file as a message shows it, and who may put it into one."""
+
+    id: int
+    owner_id: int
+    kind: str
+    media_type: str
+    name: str
+    size: int
+    width: int | None
+    height: int | None
+    blurhash: str | None
+    thumbnail_size: int | None
+    ready: bool
 
 
 class MemberRow(NamedTuple):
@@ -248,6 +265,7 @@ class Found:
     earlier: list[MessageRow]
     messages: list[MessageRow]
     members: list[MemberRow]
+    files: list[FileRow]
 
 
 async def lock_and_find(
@@ -257,10 +275,12 @@ async def lock_and_find(
     client_ids: Sequence[tuple[int, int, bytes]],
     message_ids: Sequence[int],
     member_keys: Sequence[tuple[int, int]],
+    file_ids: Sequence[int],
     skip_locked: bool,
 ) -> Found:
     """Lock chats, lowest id first, and read their counters; then the messages sent earlier under these (chat_id,
-    sender_id, client_id), messages by id, and memberships by (chat_id, user_id), past ones included.
+    sender_id, client_id), messages by id, memberships by (chat_id, user_id), past ones included, and files, locked:
+    nobody collects them before they are attached.
 
     Chats that are missing, and with `skip_locked` those that somebody else holds, are left out.
     """
@@ -277,13 +297,18 @@ async def lock_and_find(
         statements.append(_select_messages(message_ids))
     if member_keys:
         statements.append(_select(executor, MemberRow._fields, "chat_members", ["chat_id", "user_id"], member_keys))
+    if file_ids:
+        sql = f"SELECT {', '.join(FileRow._fields)} FROM files WHERE id IN ({_ids(file_ids)}) ORDER BY id"  # noqa: S608
+        statements.append(Statement(sql + (" FOR UPDATE" if is_mysql(executor) else "")))
     results = iter(await _fetch(executor, *statements))
-    found = Found([ChatRow._make(row) for row in next(results)], [], [], [])
+    found = Found([ChatRow._make(row) for row in next(results)], [], [], [], [])
     earlier = [row[0] for row in next(results)] if client_ids else []
     if message_ids:
         found.messages = [_message_row(row) for row in next(results)]
     if member_keys:
         found.members = [_member_row(row) for row in next(results)]
+    if file_ids:
+        found.files = [FileRow._make(row) for row in next(results)]
     if earlier:
         found.earlier = await find_messages(executor, earlier)
     return found
@@ -291,7 +316,9 @@ async def lock_and_find(
 
 async def lock_chat(executor: Executor, chat_id: int) -> ChatRow | None:
     """Lock one chat and read its counters; None when there is no such chat."""
-    found = await lock_and_find(executor, [chat_id], client_ids=(), message_ids=(), member_keys=(), skip_locked=False)
+    found = await lock_and_find(
+        executor, [chat_id], client_ids=(), message_ids=(), member_keys=(), file_ids=(), skip_locked=False
+    )
     return found.chats[0] if found.chats else None
 
 
@@ -339,11 +366,29 @@ async def insert_messages(executor: Executor, rows: Sequence[MessageRow]) -> Non
 
 async def update_messages(executor: Executor, rows: Sequence[MessageRow]) -> None:
     """Store the new state of edited or deleted messages."""
-    names = ["chat_id", "seq", "version", "content", "service", "edited_at", "deleted_at"]
+    names = ["chat_id", "seq", "version", "content", "service", "attachments", "edited_at", "deleted_at"]
     values = [
-        (row.chat_id, row.seq, row.version, row.content, row.service, row.edited_at, row.deleted_at) for row in rows
+        (row.chat_id, row.seq, row.version, row.content, row.service, row.attachments, row.edited_at, row.deleted_at)
+        for row in rows
     ]
     await _update(executor, "messages", names, values)
+
+
+async def attach_files(executor: Executor, rows: Sequence[tuple[int, int, int]]) -> None:
+    """Put files into messages, by (file_id, chat_id, seq): whoever sees the message may fetch the file."""
+    await _insert(executor, "attachments", ["file_id", "chat_id", "seq"], rows)
+    ids = _ids({row[0] for row in rows})
+    await _execute(executor, Statement(f"UPDATE files SET collect_at = NULL WHERE id IN ({ids})"))  # noqa: S608
+
+
+async def detach_files(executor: Executor, rows: Sequence[tuple[int, int, int]], now: datetime) -> None:
+    """Take files out of messages, by (file_id, chat_id, seq); what no other message holds can be collected."""
+    for file_id, chat_id, seq in rows:
+        where = f"file_id = {file_id:d} AND chat_id = {chat_id:d} AND seq = {seq:d}"
+        await _execute(executor, Statement(f"DELETE FROM attachments WHERE {where}"))  # noqa: S608 - integers
+    ids = _ids({row[0] for row in rows})
+    sql = f"UPDATE files SET collect_at = {_literal(now)} WHERE id IN ({ids})"  # noqa: S608 - integers and a time
+    await _execute(executor, Statement(sql))
 
 
 async def update_chats(executor: Executor, rows: Sequence[ChatUpdate]) -> None:

@@ -13,18 +13,20 @@ from typing import assert_never, cast
 
 from app.core.clock import Clock, timestamp
 from app.core.errors import (
+    BadInput,
     Conflict,
     DialectError,
     Forbidden,
     NotFound,
     chat_not_found,
+    file_not_found,
     message_not_found,
     peer_unavailable,
 )
 from app.db.events import AccountEvent, ChatEvent
 from app.db.repositories import chat_log as repository
-from app.db.repositories.chat_log import ChatRow, ChatUpdate, MarkUpdate, MemberRow, MessageRow
-from app.db.schemas import Message, MessageType, Service
+from app.db.repositories.chat_log import ChatRow, ChatUpdate, FileRow, MarkUpdate, MemberRow, MessageRow
+from app.db.schemas import Attachment, Message, MessageType, SendableType, Service
 from app.services.chat_log.changes import (
     DEFERRED,
     Announcement,
@@ -42,7 +44,15 @@ from app.services.chat_log.changes import (
     SendService,
 )
 from app.services.chat_log.roster import Roster, RosterCache, RosterMember, load_rosters
-from app.services.chat_log.views import info_view, member_view, message_view, uuid_text
+from app.services.chat_log.views import attachment_view, info_view, member_view, message_view, uuid_text
+
+ATTACHABLE: dict[SendableType, tuple[str, ...]] = {
+    "text": (),
+    "image": ("image", "video"),
+    "video": ("image", "video"),  # an album mixes the two
+    "audio": ("audio",),
+    "file": ("image", "video", "audio", "file"),
+}
 
 
 class Appender:
@@ -121,6 +131,9 @@ class _Batch:
         self.private_marks: list[tuple[int, int]] = []
         self.saved_members: dict[tuple[int, int], MemberRow] = {}
         self.existing_members: set[tuple[int, int]] = set()
+        self.files: dict[int, FileRow] = {}
+        self.attached: list[tuple[int, int, int]] = []
+        self.detached: list[tuple[int, int, int]] = []
         self.account_steps: dict[int, int] = {}
         self.account_events: list[tuple[int, AccountEvent]] = []
 
@@ -165,11 +178,13 @@ class _Batch:
         chat_ids = sorted({change.chat_id for change in self.changes})
         client_ids: list[tuple[int, int, bytes]] = []
         targets: set[int] = set()
+        file_ids: set[int] = set()
         member_keys: set[tuple[int, int]] = set()
         for change in self.changes:
             match change:
                 case SendMessage():
                     client_ids.append((change.chat_id, change.user_id, change.client_id))
+                    file_ids.update(change.attachments)
                     if change.reply_to is not None:
                         targets.add(change.reply_to)
                 case EditMessage() | DeleteMessage():
@@ -190,6 +205,7 @@ class _Batch:
             client_ids=client_ids,
             message_ids=sorted(targets),
             member_keys=sorted(member_keys),
+            file_ids=sorted(file_ids),
             skip_locked=skip_locked,
         )
         if skip_locked and len(found.chats) < len(chat_ids):
@@ -200,6 +216,7 @@ class _Batch:
         self.targets = {row.id: row for row in found.messages}
         self.members = {(row.chat_id, row.user_id): row for row in found.members}
         self.existing_members = set(self.members)
+        self.files = {row.id: row for row in found.files}
 
         moved = {change.chat_id for change in self.changes if isinstance(change, RosterMoved)}
         rosters = {row.id: self.appender.rosters.get(row.id) for row in found.chats}
@@ -276,6 +293,7 @@ class _Batch:
                 reply_to_seq = self._require_target(draft, member, change.reply_to).seq
             except DialectError:
                 raise NotFound("reply_not_found", "The message it answers is not in this chat.") from None
+        attachments = [self._attachment(change, file_id) for file_id in change.attachments]
         done = self._insert(
             draft,
             message_id,
@@ -286,15 +304,29 @@ class _Batch:
             None,
             change.reply_to,
             reply_to_seq,
+            attachments,
         )
+        self.attached.extend((file_id, draft.row.id, draft.updated.last_seq) for file_id in change.attachments)
         self.earlier[key] = done
         return done
+
+    def _attachment(self, change: SendMessage, file_id: int) -> Attachment:
+        row = self.files.get(file_id)
+        if row is None or not row.ready or row.owner_id != change.user_id:
+            raise file_not_found()
+        if row.kind not in ATTACHABLE[change.message_type]:
+            raise BadInput(
+                "attachment_mismatch",
+                f"A message of type {change.message_type} cannot hold a file of kind {row.kind}.",
+                field="attachments",
+            )
+        return attachment_view(row)
 
     def _send_service(self, draft: _Draft, change: SendService) -> Outcome:
         # Ids are unique, so the id itself names the send.
         client_id = change.message_id.to_bytes(16, "big")
         service = json.dumps(change.service, ensure_ascii=False)
-        return self._insert(draft, change.message_id, change.user_id, client_id, "service", "", service, None, None)
+        return self._insert(draft, change.message_id, change.user_id, client_id, "service", "", service, None, None, [])
 
     def _insert(
         self,
@@ -307,6 +339,7 @@ class _Batch:
         service: str | None,
         reply_to: int | None,
         reply_to_seq: int | None,
+        attachments: list[Attachment],
     ) -> Done:
         updated = draft.updated
         prev = updated.version
@@ -327,6 +360,7 @@ class _Batch:
                 service,
                 reply_to,
                 reply_to_seq,
+                json.dumps(attachments, ensure_ascii=False) if attachments else None,
                 self.now,
                 None,
                 None,
@@ -348,6 +382,7 @@ class _Batch:
             "message_type": message_type,
             "content": content,
             "service": cast(Service, json.loads(service)) if service else None,
+            "attachments": attachments,
             "reply_to": reply_to,
             "reply_to_seq": reply_to_seq,
             "created_at": self.now_text,
@@ -392,7 +427,12 @@ class _Batch:
         if row.deleted_at is not None:
             return Done(message_view(row))
         prev = draft.updated.version
-        row = row._replace(content="", service=None, deleted_at=self.now, version=draft.next_version())
+        if row.attachments:
+            held = cast(list[Attachment], json.loads(row.attachments))
+            self.detached.extend((one["file_id"], row.chat_id, row.seq) for one in held)
+        row = row._replace(
+            content="", service=None, attachments=None, deleted_at=self.now, version=draft.next_version()
+        )
         return self._rewrite(draft, row, "message_deleted", prev)
 
     def _rewrite(self, draft: _Draft, row: MessageRow, event: str, prev: int) -> Done:
@@ -571,6 +611,10 @@ class _Batch:
         changed = [draft for draft in self.drafts.values() if draft.changed]
         if new := [row for draft in changed for row in draft.new]:
             await repository.insert_messages(executor, new)
+        if self.attached:
+            await repository.attach_files(executor, self.attached)
+        if self.detached:
+            await repository.detach_files(executor, self.detached, self.now)
         if self.rewritten:
             await repository.update_messages(executor, list(self.rewritten.values()))
         if changed:

@@ -22,6 +22,7 @@ class SendMessage:
     content: str
     message_type: SendableType = "text"
     reply_to: int | None = None
+    attachments: tuple[int, ...] = ()
 
 
 @dataclass(slots=True)

@@ -7,9 +7,9 @@ from typing import cast
 
 from app.core.clock import timestamp
 from app.db.events import ChatInfo
-from app.db.repositories.chat_log import ChatRow, MemberRow, MessageRow
+from app.db.repositories.chat_log import ChatRow, FileRow, MemberRow, MessageRow
 from app.db.repositories.chats import ChatListRow
-from app.db.schemas import Chat, ChatType, Member, Message, MessageType, Role, Service
+from app.db.schemas import Attachment, Chat, ChatType, FileKind, Member, Message, MessageType, Role, Service
 
 
 def message_view(row: MessageRow, *, hidden: bool = False) -> Message:
@@ -24,12 +24,28 @@ def message_view(row: MessageRow, *, hidden: bool = False) -> Message:
         "message_type": cast(MessageType, row.message_type),
         "content": "" if hidden else row.content,
         "service": cast(Service, json.loads(row.service)) if row.service else None,
+        "attachments": cast(list[Attachment], json.loads(row.attachments)) if row.attachments and not hidden else [],
         "reply_to": row.reply_to_id,
         "reply_to_seq": row.reply_to_seq,
         "created_at": timestamp(row.created_at),
         "edited_at": timestamp(row.edited_at) if row.edited_at else None,
         "deleted": row.deleted_at is not None,
         "hidden": hidden,
+    }
+
+
+def attachment_view(row: FileRow) -> Attachment:
+    """A file as a message shows it."""
+    return {
+        "file_id": row.id,
+        "kind": cast(FileKind, row.kind),
+        "media_type": row.media_type,
+        "name": row.name,
+        "size": row.size,
+        "width": row.width,
+        "height": row.height,
+        "blurhash": row.blurhash,
+        "thumbnail": row.thumbnail_size is not None,
     }
 
 

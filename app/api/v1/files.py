@@ -1,0 +1,140 @@
+"""Files: bytes for those who may see them, in ranges. Uploading is in messages.py, as the brief has it."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import AsyncIterator
+from typing import Annotated, Any
+from urllib.parse import quote
+
+from fastapi import APIRouter, Header, Path
+from starlette.responses import Response, StreamingResponse
+
+from app.api.deps import CallerDep, ServicesDep
+from app.api.problems import problem, problems
+from app.core.errors import file_not_found
+from app.db.schemas import MAX_ID
+from app.services.file_service import Content
+
+log = logging.getLogger(__name__)
+
+router = APIRouter(prefix="/files", tags=["Files"])
+
+FileId = Annotated[int, Path(ge=1, le=MAX_ID, description="`file_id` of an attachment.", examples=[7])]
+RangeHeader = Annotated[str | None, Header(alias="Range", description="One range: `bytes=0-1023`, `bytes=-500`.")]
+IfRange = Annotated[str | None, Header(alias="If-Range")]
+IfNoneMatch = Annotated[str | None, Header(alias="If-None-Match")]
+RANGE = re.compile(r"bytes=(?:(\d{1,15})-(\d{0,15})|-(\d{1,15}))")
+
+BYTES = {"content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}}
+RESPONSES: dict[int | str, dict[str, Any]] = {
+    200: {"description": "The whole file.", **BYTES},
+    206: {"description": "The range asked for.", **BYTES},
+    304: {"description": "What the client has is the same."},
+}
+
+
+@router.get(
+    "/{file_id:int}",
+    summary="Fetch a file",
+    response_class=Response,
+    responses={**RESPONSES, **problems(401, 404, 416)},
+)
+async def fetch_file(
+    services: ServicesDep,
+    caller: CallerDep,
+    file_id: FileId,
+    range_header: RangeHeader = None,
+    if_range: IfRange = None,
+    if_none_match: IfNoneMatch = None,
+) -> Response:
+    """The bytes of a file: for its owner, and for the members of a chat where a message holds it.
+
+    Images can be shown; everything else comes as `application/octet-stream` for saving. A file never changes, so
+    it may be cached for ever. 404 `file_not_found`.
+    """
+    content = await services.files.find(caller.user_id, file_id)
+    return await _respond(services, content, range_header, if_range, if_none_match)
+
+
+@router.get(
+    "/{file_id:int}/thumbnail",
+    summary="Fetch a thumbnail",
+    response_class=Response,
+    responses={**RESPONSES, **problems(401, 404, 416)},
+)
+async def fetch_thumbnail(
+    services: ServicesDep,
+    caller: CallerDep,
+    file_id: FileId,
+    range_header: RangeHeader = None,
+    if_range: IfRange = None,
+    if_none_match: IfNoneMatch = None,
+) -> Response:
+    """A smaller copy of an image, in WebP, 320 pixels along its longer edge. 404 `file_not_found`."""
+    content = await services.files.find(caller.user_id, file_id, thumbnail=True)
+    return await _respond(services, content, range_header, if_range, if_none_match)
+
+
+async def _respond(
+    services: ServicesDep, content: Content, asked: str | None, if_range: str | None, if_none_match: str | None
+) -> Response:
+    headers = {
+        "ETag": content.etag,
+        "Accept-Ranges": "bytes",
+        "Cache-Control": "private, max-age=31536000, immutable",
+        "Content-Disposition": disposition(content.file.name, inline=content.inline),
+        "Content-Security-Policy": "sandbox; default-src 'none'; frame-ancestors 'none'",
+        "X-Content-Type-Options": "nosniff",
+    }
+    if if_none_match is not None and (if_none_match.strip() == "*" or content.etag in if_none_match):
+        return Response(status_code=304, headers=headers)
+    start, end, status = 0, content.size, 200
+    if asked is not None and (if_range is None or if_range.strip() == content.etag):
+        found = byte_range(asked, content.size)
+        if found is not None:
+            start, end = found
+            if start >= end:
+                return problem(
+                    416,
+                    "range_not_satisfiable",
+                    "The range begins behind the end of the file.",
+                    headers={"Content-Range": f"bytes */{content.size}"},
+                )
+            status = 206
+            headers["Content-Range"] = f"bytes {start}-{end - 1}/{content.size}"
+    headers["Content-Length"] = str(end - start)
+    pieces = services.files.read(content, start, end)
+    try:
+        first = await anext(pieces, b"")
+    except FileNotFoundError:
+        log.error("file_bytes_missing", extra={"file_id": content.file.id})
+        raise file_not_found() from None
+    return StreamingResponse(_chain(first, pieces), status, headers, media_type=content.media_type)
+
+
+async def _chain(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    yield first
+    async for piece in rest:
+        yield piece
+
+
+def byte_range(asked: str, size: int) -> tuple[int, int] | None:
+    """What one range asks for, as start and end; an empty one when nothing of it exists; None when it is not a range
+    that this server knows, which is then as if it had not been asked for (RFC 9110 section 14.2)."""
+    match = RANGE.fullmatch(asked.strip())
+    if match is None:
+        return None
+    first, last, suffix = match.groups()
+    if suffix is not None:
+        return max(0, size - int(suffix)), size if int(suffix) else 0
+    if last and int(last) < int(first):
+        return None
+    return int(first), min(size, int(last) + 1) if last else size
+
+
+def disposition(name: str, *, inline: bool) -> str:
+    """Content-Disposition with the name in full (RFC 6266, RFC 8187)."""
+    plain = re.sub(r"[^A-Za-z0-9 ._-]", "_", name)
+    return f"{'inline' if inline else 'attachment'}; filename=\"{plain}\"; filename*=UTF-8''{quote(name, safe='')}"

@@ -1,0 +1,176 @@
+"""Decodes one image in a process of its own, which may use little memory and time: `python -m app.core.image_worker`.
+
+Reads a job (JSON) from standard input, writes new files beside each other and what it found (JSON) to standard output.
+Whatever a hostile image does, it does here: the server sees an exit status. Files are encoded afresh, so that nothing
+but pixels survives: no EXIF, no place, no script that a browser might find.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+from dataclasses import asdict, dataclass
+from typing import Any
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
+MEDIA_TYPES = {"JPEG": "image/jpeg", "PNG": "image/png", "WEBP": "image/webp", "GIF": "image/gif"}
+CPU_SECONDS = 10
+MEMORY_BYTES = 1024**3
+"""Of address space, most of it libraries: 25 megapixels with transparency are 100 MB, and a few copies live at once."""
+REFUSED = 3
+"""Exit status: the image is to blame, and the text on standard output says why."""
+
+
+@dataclass(slots=True)
+class Job:
+    """What to make of which file."""
+
+    source: str
+    target: str
+    """Path of the new file; smaller ones get `.<edge>` behind it."""
+    max_pixels: int
+    max_frames: int
+    edges: list[int]
+    """Longest edges of smaller copies, in WebP."""
+    square: bool = False
+    """Cut the smaller copies to a square, and make no large one: an avatar."""
+
+
+@dataclass(slots=True)
+class Decoded:
+    """What an image turned out to be."""
+
+    media_type: str
+    width: int
+    height: int
+    blurhash: str
+
+
+class RefusedImage(Exception):
+    """The image cannot be taken: a code and a sentence."""
+
+
+def limit_process() -> None:
+    """Give this process little to do harm with."""
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS + 1))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def work(job: Job) -> Decoded:
+    """Decode, turn upright, encode afresh, make smaller copies. Raises RefusedImage."""
+    from PIL import Image, ImageOps
+
+    Image.MAX_IMAGE_PIXELS = None  # our own bound, below, is lower and looks before anything is decoded
+    try:
+        with Image.open(job.source, formats=FORMATS) as image:
+            width, height = image.size
+            if width * height > job.max_pixels or max(width, height) > 65_000:
+                raise RefusedImage(
+                    "image_too_large", f"An image has at most {job.max_pixels // 1_000_000} million pixels."
+                )
+            frames = getattr(image, "n_frames", 1)
+            if frames > job.max_frames:
+                raise RefusedImage("image_too_large", f"An animation has at most {job.max_frames} pictures.")
+            if frames * width * height > job.max_pixels * 4:
+                raise RefusedImage("image_too_large", "The animation has too many pixels in all.")
+            kind = str(image.format)
+            image.load()
+            first = _upright(image, ImageOps)
+            if not job.square:
+                if frames > 1:
+                    _save_animation(image, kind, job.target)
+                else:
+                    _save(first, kind, job.target)
+            for edge in job.edges:
+                copy = first.convert("RGBA" if _transparent(first) else "RGB")
+                if job.square:
+                    copy = ImageOps.fit(copy, (edge, edge), Image.Resampling.LANCZOS)
+                else:
+                    copy.thumbnail((edge, edge), Image.Resampling.LANCZOS)
+                copy.save(f"{job.target}.{edge}", "WEBP", quality=80, method=4)
+            return Decoded(MEDIA_TYPES[kind], first.width, first.height, _blurhash(first))
+    except RefusedImage:
+        raise
+    except Exception as error:
+        # Pillow's decoders raise whatever they stumble over: OSError, SyntaxError, struct.error, MemoryError, ...
+        raise RefusedImage("invalid_image", "This is not an image that can be read.") from error
+
+
+def _transparent(image: Any) -> bool:
+    return bool(image.has_transparency_data)
+
+
+def _upright(image: Any, operations: Any) -> Any:
+    """The first picture, turned as its EXIF says, in sRGB, with no metadata."""
+    turned = operations.exif_transpose(image)
+    turned = turned.convert("RGBA" if _transparent(turned) else "RGB") if turned.mode not in ("RGB", "RGBA") else turned
+    if profile := turned.info.get("icc_profile"):
+        turned = _to_srgb(turned, profile)
+    turned.info.clear()
+    return turned
+
+
+def _to_srgb(image: Any, profile: bytes) -> Any:
+    import io
+
+    from PIL import ImageCms
+
+    try:
+        return ImageCms.profileToProfile(
+            image, io.BytesIO(profile), ImageCms.createProfile("sRGB"), outputMode=image.mode
+        )
+    except (ImageCms.PyCMSError, OSError, ValueError):
+        return image  # a broken profile: colours as they are
+
+
+def _save(image: Any, kind: str, target: str) -> None:
+    match kind:
+        case "JPEG":
+            image.convert("RGB").save(target, "JPEG", quality=88, optimize=True, progressive=True)
+        case "WEBP":
+            image.save(target, "WEBP", quality=88, method=4)
+        case _:
+            image.save(target, kind, optimize=kind == "PNG" and image.width * image.height < 4_000_000)
+
+
+def _save_animation(image: Any, kind: str, target: str) -> None:
+    from PIL import ImageSequence
+
+    durations: list[int] = []
+    pictures = []
+    for frame in ImageSequence.Iterator(image):
+        durations.append(int(frame.info.get("duration") or 100))
+        pictures.append(frame.convert("RGBA"))
+    options: dict[str, Any] = {"quality": 80} if kind == "WEBP" else {"disposal": 2} if kind == "GIF" else {}
+    pictures[0].save(
+        target, kind, save_all=True, append_images=pictures[1:], duration=durations,
+        loop=int(image.info.get("loop", 0)), **options,
+    )  # fmt: skip
+
+
+def _blurhash(image: Any) -> str:
+    """https://blurha.sh: a few colours, in a short text, to show until the picture is there."""
+    import blurhash
+
+    small = image.convert("RGB").resize((32, 32))
+    pixels = [[small.getpixel((x, y)) for x in range(32)] for y in range(32)]
+    wide = image.width >= image.height
+    return str(blurhash.encode(pixels, components_x=4 if wide else 3, components_y=3 if wide else 4))
+
+
+def main() -> int:
+    """Do the one job. Exits 0, or `REFUSED`, or as the kernel sees fit."""
+    limit_process()
+    try:
+        sys.stdout.write(json.dumps(asdict(work(Job(**json.load(sys.stdin))))))
+    except RefusedImage as refused:
+        code, detail = refused.args
+        sys.stdout.write(json.dumps({"code": code, "detail": detail}))
+        return REFUSED
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

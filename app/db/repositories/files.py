@@ -1,0 +1,102 @@
+"""SQL of uploaded files and of who may fetch them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime
+from typing import NamedTuple, cast
+
+from sqlalchemy import Table, and_, delete, exists, func, insert, or_, select, update
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from app.db.models import Attachment, ChatMember, File, User
+
+FILE = cast(Table, File.__table__)
+ATTACHMENT = cast(Table, Attachment.__table__)
+MEMBER = cast(Table, ChatMember.__table__)
+USER = cast(Table, User.__table__)
+
+
+class StoredFile(NamedTuple):
+    """Where a file's bytes are, and what they are."""
+
+    id: int
+    owner_id: int
+    kind: str
+    media_type: str
+    name: str
+    size: int
+    sha256: bytes
+    storage_key: str
+    thumbnail_size: int | None
+
+
+COLUMNS = [FILE.c[name] for name in StoredFile._fields]
+
+
+async def insert_file(session: AsyncSession, **values: object) -> None:
+    """Store a file's row, not ready yet."""
+    await session.execute(insert(FILE).values(**values, ready=False))
+
+
+async def lock_stored_bytes(session: AsyncSession, owner_id: int) -> int:
+    """How many bytes a person's files have in all. Locks the person: two uploads cannot share the last room."""
+    await session.execute(select(USER.c.id).where(USER.c.id == owner_id).with_for_update())
+    total = await session.execute(select(func.coalesce(func.sum(FILE.c.size), 0)).where(FILE.c.owner_id == owner_id))
+    return int(total.scalar_one())
+
+
+async def mark_ready(session: AsyncSession, file_id: int) -> None:
+    """The storage has the bytes: the file may be used."""
+    await session.execute(update(FILE).where(FILE.c.id == file_id).values(ready=True))
+
+
+async def find_visible(session: AsyncSession, file_id: int, user_id: int) -> StoredFile | None:
+    """A file that is the caller's own, or in a message that they may see; None otherwise."""
+    seen = exists().where(
+        ATTACHMENT.c.file_id == FILE.c.id,
+        MEMBER.c.chat_id == ATTACHMENT.c.chat_id,
+        MEMBER.c.user_id == user_id,
+        MEMBER.c.left_seq.is_(None),
+        MEMBER.c.visible_from_seq <= ATTACHMENT.c.seq,
+    )
+    result = await session.execute(
+        select(*COLUMNS).where(
+            and_(FILE.c.id == file_id, FILE.c.ready.is_(True), or_(FILE.c.owner_id == user_id, seen))
+        )
+    )
+    row = result.one_or_none()
+    return StoredFile(*row) if row else None
+
+
+async def lock_collectable(session: AsyncSession, now: datetime, limit: int) -> list[StoredFile]:
+    """Lock files whose time has come, the oldest first; those that somebody is attaching are left out."""
+    result = await session.execute(
+        select(*COLUMNS)
+        .where(FILE.c.collect_at <= now)
+        .order_by(FILE.c.collect_at)
+        .limit(limit)
+        .with_for_update(skip_locked=True)
+    )
+    return [StoredFile(*row) for row in result]
+
+
+async def list_attached(session: AsyncSession, file_ids: Sequence[int]) -> set[int]:
+    """Those of the files that a message holds."""
+    result = await session.execute(select(ATTACHMENT.c.file_id).where(ATTACHMENT.c.file_id.in_(file_ids)).distinct())
+    return set(result.scalars())
+
+
+async def keep_files(session: AsyncSession, file_ids: Sequence[int]) -> None:
+    """A message holds these: they are not to be collected."""
+    await session.execute(update(FILE).where(FILE.c.id.in_(file_ids)).values(collect_at=None))
+
+
+async def hide_files(session: AsyncSession, file_ids: Sequence[int], *, again_at: datetime) -> None:
+    """Nobody can use these any more; their bytes are deleted next, and should that fail, once more at `again_at`."""
+    await session.execute(update(FILE).where(FILE.c.id.in_(file_ids)).values(ready=False, collect_at=again_at))
+
+
+async def delete_files(session: AsyncSession, file_ids: Sequence[int]) -> None:
+    """Forget files whose bytes are gone."""
+    await session.execute(delete(FILE).where(FILE.c.id.in_(file_ids)))

@@ -1,0 +1,331 @@
+"""Files: taking them in as they stream, telling what they are, handing them out to those who may see them.
+
+An upload is written to a file of its own in `incoming`, looked at there, recorded in the database as not ready, handed
+to the storage, and then marked ready. A crash at any point leaves nothing that anybody can see; what it leaves on the
+disk is collected, as is every file that no message holds after a day.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import os
+import secrets
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path, PurePath
+from typing import BinaryIO, Self, cast
+
+import puremagic
+
+from app.core.clock import Clock, timestamp
+from app.core.config import Settings
+from app.core.errors import BadInput, DialectError, Forbidden, TooLarge, file_not_found
+from app.core.ids import IdAllocator
+from app.db.database import Database
+from app.db.repositories import files as repository
+from app.db.repositories.files import StoredFile
+from app.db.schemas import FileKind, UploadedFile
+from app.services.image_service import THUMBNAIL_EDGE, ImageService, looks_like_image
+from app.services.rate_limiter import RateLimiter
+from app.services.storage import INCOMING, Storage, clear_incoming, new_key, storage_full
+
+log = logging.getLogger(__name__)
+
+FLUSH_BYTES = 512 * 1024
+HEAD_BYTES = 8192
+NAME_BYTES_MAX = 255
+COLLECT_SECONDS = 60.0
+COLLECT_PAGE = 100
+ABANDONED_SECONDS = 6 * 3600
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".png", ".gif", ".webp", ".svg", ".bmp", ".tif", ".tiff", ".ico"})
+THUMBNAIL_TYPE = "image/webp"
+OCTETS = "application/octet-stream"
+
+
+class Incoming:
+    """A file as it comes in: bounded, hashed, never whole in memory. Deleted when the block ends."""
+
+    def __init__(self, folder: Path, max_bytes: int) -> None:
+        self.path = folder / secrets.token_hex(16)
+        self.size = 0
+        self.head = b""
+        self._max_bytes = max_bytes
+        self._buffer = bytearray()
+        self._hash = hashlib.sha256()
+        self._file: BinaryIO | None = None
+
+    async def __aenter__(self) -> Self:
+        try:
+            self._file = await asyncio.to_thread(self.path.open, "xb", 0)
+        except OSError as error:
+            raise storage_full() from error
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await asyncio.to_thread(self._close)
+
+    def _close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+        for path in (self.path, self.target, self.thumbnail):
+            path.unlink(missing_ok=True)
+
+    @property
+    def target(self) -> Path:
+        """Where an image goes that is encoded afresh."""
+        return self.path.with_suffix(".new")
+
+    @property
+    def thumbnail(self) -> Path:
+        """And its smaller copy."""
+        return Path(f"{self.target}.{THUMBNAIL_EDGE}")
+
+    async def write(self, data: bytes) -> None:
+        """Take the next bytes. Raises TooLarge (`file_too_large`) and Unavailable (`storage_unavailable`)."""
+        self.size += len(data)
+        if self.size > self._max_bytes:
+            raise TooLarge("file_too_large", f"A file may have {self._max_bytes} bytes.")
+        if len(self.head) < HEAD_BYTES:
+            self.head += data[: HEAD_BYTES - len(self.head)]
+        self._buffer += data
+        if len(self._buffer) >= FLUSH_BYTES:
+            await self._flush()
+
+    async def finish(self) -> bytes:
+        """Write what is left and return the SHA-256 of it all."""
+        await self._flush()
+        return self._hash.digest()
+
+    async def _flush(self) -> None:
+        data, self._buffer = bytes(self._buffer), bytearray()
+        try:
+            await asyncio.to_thread(self._append, data)
+        except OSError as error:
+            raise storage_full() from error
+
+    def _append(self, data: bytes) -> None:
+        if self._file is None:
+            raise RuntimeError("this file is not open")
+        self._hash.update(data)
+        view = memoryview(data)
+        while view:
+            view = view[self._file.write(view) :]
+
+
+@dataclass(slots=True)
+class Content:
+    """A file that may be handed out."""
+
+    file: StoredFile
+    key: str
+    size: int
+    media_type: str
+    inline: bool
+    etag: str
+
+
+class FileService:
+    """What people do with files."""
+
+    def __init__(
+        self,
+        *,
+        settings: Settings,
+        clock: Clock,
+        database: Database,
+        ids: IdAllocator,
+        limiter: RateLimiter,
+        storage: Storage,
+        images: ImageService,
+    ) -> None:
+        self._settings = settings
+        self._clock = clock
+        self._database = database
+        self._ids = ids
+        self._limiter = limiter
+        self._storage = storage
+        self._images = images
+        self._collector: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Begin collecting. Raises StartupError when the folder cannot be written."""
+        clear_incoming(self._settings.upload_path, older_than_seconds=ABANDONED_SECONDS)
+        self._collector = asyncio.create_task(self._collect_for_ever(), name="collect-files")
+
+    async def stop(self) -> None:
+        """End collecting."""
+        if self._collector is not None:
+            self._collector.cancel()
+            await asyncio.gather(self._collector, return_exceptions=True)
+            self._collector = None
+
+    # --- coming in ---
+
+    async def receive(self, user_id: int) -> Incoming:
+        """A place for a file to stream into. Raises TooManyRequests."""
+        await self._limiter.hit("limit_uploads_per_user", user_id)
+        return Incoming(self._settings.upload_path / INCOMING, self._settings.max_upload_bytes)
+
+    async def add(self, user_id: int, incoming: Incoming, name: str, claimed_type: str) -> UploadedFile:
+        """Keep what came in. Images are encoded afresh; what claims to be one and is not is refused.
+
+        Raises BadInput (`file_empty`, `invalid_image`, `image_too_large`), Forbidden (`quota_exceeded`) and
+        Unavailable.
+        """
+        digest = await incoming.finish()
+        if not incoming.size:
+            raise BadInput("file_empty", "The file is empty.", field="file")
+        name = clean_name(name)
+        now = self._clock.now().replace(tzinfo=None)
+        path, size = incoming.path, incoming.size
+        media_type, kind = detect(incoming.head)
+        width = height = blurhash = thumbnail_size = None
+        if looks_like_image(incoming.head):
+            decoded = await self._images.photo(incoming.path, incoming.target)
+            path, kind, media_type = incoming.target, "image", decoded.media_type
+            width, height, blurhash = decoded.width, decoded.height, decoded.blurhash
+            size, digest, thumbnail_size = await asyncio.to_thread(_measure, path, incoming.thumbnail)
+        elif claimed_type.lower().startswith("image/") or PurePath(name).suffix.lower() in IMAGE_SUFFIXES:
+            raise BadInput(
+                "invalid_image", "This is not an image of a known kind (JPEG, PNG, GIF, WebP).", field="file"
+            )
+        [file_id] = await self._ids.reserve("file")
+        key = new_key()
+        async with self._database.writing() as session:
+            if limit := self._settings.max_stored_bytes_per_user:
+                used = await repository.lock_stored_bytes(session, user_id)
+                if used + size > limit:
+                    raise Forbidden("quota_exceeded", f"All your files together may have {limit} bytes.")
+            await repository.insert_file(
+                session,
+                id=file_id,
+                owner_id=user_id,
+                kind=kind,
+                media_type=media_type,
+                name=name,
+                size=size,
+                sha256=digest,
+                width=width,
+                height=height,
+                blurhash=blurhash,
+                storage_key=key,
+                thumbnail_size=thumbnail_size,
+                created_at=now,
+                collect_at=now + timedelta(hours=self._settings.unattached_file_hours),
+            )
+        if thumbnail_size is not None:
+            await self._storage.put(_thumbnail_key(key), incoming.thumbnail)
+        await self._storage.put(key, path)
+        async with self._database.writing() as session:
+            await repository.mark_ready(session, file_id)
+        return {
+            "file_id": file_id,
+            "kind": kind,
+            "media_type": media_type,
+            "name": name,
+            "size": size,
+            "width": width,
+            "height": height,
+            "blurhash": blurhash,
+            "thumbnail": thumbnail_size is not None,
+            "created_at": timestamp(now),
+        }
+
+    # --- going out ---
+
+    async def find(self, user_id: int, file_id: int, *, thumbnail: bool = False) -> Content:
+        """A file for its owner and for those who see a message with it. Raises NotFound (`file_not_found`)."""
+        async with self._database.reading() as session:
+            file = await repository.find_visible(session, file_id, user_id)
+        if file is None or (thumbnail and file.thumbnail_size is None):
+            raise file_not_found()
+        digest = file.sha256.hex()
+        if thumbnail:
+            size = cast(int, file.thumbnail_size)
+            return Content(file, _thumbnail_key(file.storage_key), size, THUMBNAIL_TYPE, True, f'"{digest}-small"')
+        # Only what was encoded here is shown by browsers; the rest is for saving, whatever it claims to be.
+        inline = file.kind == "image"
+        return Content(file, file.storage_key, file.size, file.media_type if inline else OCTETS, inline, f'"{digest}"')
+
+    def read(self, content: Content, start: int, end: int) -> AsyncIterator[bytes]:
+        """Bytes start..end-1 of a file."""
+        return self._storage.read(content.key, start, end)
+
+    # --- collecting ---
+
+    async def _collect_for_ever(self) -> None:
+        while True:
+            try:
+                while await self.collect():
+                    pass
+                await asyncio.to_thread(
+                    clear_incoming, self._settings.upload_path, older_than_seconds=ABANDONED_SECONDS
+                )
+            except DialectError as error:
+                log.warning("collecting_files_failed", extra={"error": error.code})
+            except Exception:
+                log.exception("collecting_files_failed")
+            await asyncio.sleep(COLLECT_SECONDS)
+
+    async def collect(self) -> bool:
+        """Delete files that no message holds and whose time has come; True when there may be more."""
+        now = self._clock.now().replace(tzinfo=None)
+        async with self._database.writing() as session:
+            due = await repository.lock_collectable(session, now, COLLECT_PAGE)
+            # Asked under the lock: who attaches a file locks it first.
+            attached = await repository.list_attached(session, [file.id for file in due])
+            if attached:
+                await repository.keep_files(session, sorted(attached))
+            gone = [file for file in due if file.id not in attached]
+            if gone:
+                later = now + timedelta(minutes=10)
+                await repository.hide_files(session, [file.id for file in gone], again_at=later)
+        for file in gone:
+            if file.thumbnail_size is not None:
+                await self._storage.delete(_thumbnail_key(file.storage_key))
+            await self._storage.delete(file.storage_key)
+        if gone:
+            async with self._database.writing() as session:
+                await repository.delete_files(session, [file.id for file in gone])
+            log.info("files_collected", extra={"files": len(gone)})
+        return len(due) == COLLECT_PAGE
+
+
+def detect(head: bytes) -> tuple[str, FileKind]:
+    """Media type and kind of a file, by its first bytes. Images are told by decoding them."""
+    try:
+        media_type = puremagic.from_string(head, mime=True).lower()
+    except (puremagic.PureError, ValueError):
+        return OCTETS, "file"
+    if media_type.startswith("video/"):
+        return media_type, "video"
+    if media_type.startswith("audio/"):
+        return media_type, "audio"
+    if media_type.startswith("image/") or "/" not in media_type or not media_type.isascii() or len(media_type) > 127:
+        return OCTETS, "file"
+    return media_type, "file"
+
+
+def clean_name(name: str) -> str:
+    """A name for people: the last part of a path, with no controls in it, and short."""
+    last = name.replace("\\", "/").rsplit("/", 1)[-1]
+    last = "".join(letter for letter in last if letter.isprintable()).strip(" .")
+    raw = last.encode("utf-8", "ignore")
+    if len(raw) > NAME_BYTES_MAX:
+        suffix = PurePath(last).suffix.encode("utf-8", "ignore")
+        suffix = suffix if len(suffix) <= 16 else b""
+        raw = raw[: NAME_BYTES_MAX - len(suffix)] + suffix
+    return raw.decode("utf-8", "ignore") or "file"
+
+
+def _thumbnail_key(key: str) -> str:
+    return f"{key}.{THUMBNAIL_EDGE}"
+
+
+def _measure(path: Path, thumbnail: Path) -> tuple[int, bytes, int]:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").digest()
+    return os.path.getsize(path), digest, os.path.getsize(thumbnail)

@@ -1,0 +1,97 @@
+"""Images, decoded by a process of their own each: a hostile one may kill that, and nothing else."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from app.core.config import Settings
+from app.core.errors import BadInput, Unavailable
+from app.core.image_worker import REFUSED, Decoded, Job
+
+ROOT = Path(__file__).resolve().parents[2]
+DECODE_SECONDS = 20
+WAITING_MAX = 64
+SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a")
+THUMBNAIL_EDGE = 320
+
+
+def looks_like_image(head: bytes) -> bool:
+    """Whether a file begins as an image does that this server decodes."""
+    return head.startswith(SIGNATURES) or (head[:4] == b"RIFF" and head[8:12] == b"WEBP")
+
+
+class ImageService:
+    """Decodes a few images at a time."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._free = asyncio.Semaphore(settings.image_processes)
+        self._waiting = 0
+
+    async def photo(self, source: Path, target: Path) -> Decoded:
+        """Encode an image afresh into `target`, with a thumbnail in `target.320`.
+
+        Raises BadInput (`invalid_image`, `image_too_large`) and Unavailable (`overloaded`).
+        """
+        return await self._decode(self._job(source, target, [THUMBNAIL_EDGE], square=False))
+
+    async def avatar(self, source: Path, target: Path, edges: list[int]) -> Decoded:
+        """Make square copies of an image, `target.<edge>` each. Raises as `photo` does."""
+        return await self._decode(self._job(source, target, edges, square=True))
+
+    def _job(self, source: Path, target: Path, edges: list[int], *, square: bool) -> Job:
+        return Job(
+            source=str(source),
+            target=str(target),
+            max_pixels=self._settings.max_image_pixels,
+            max_frames=self._settings.max_image_frames,
+            edges=edges,
+            square=square,
+        )
+
+    async def _decode(self, job: Job) -> Decoded:
+        if self._waiting >= WAITING_MAX:
+            raise Unavailable("overloaded", "Too many images are waiting; try again.", retry_after=5)
+        self._waiting += 1
+        try:
+            async with self._free:
+                status, output = await self._run(json.dumps(asdict(job)).encode())
+        finally:
+            self._waiting -= 1
+        if status == 0:
+            return Decoded(**json.loads(output))
+        if status == REFUSED:
+            refused = json.loads(output)
+            if refused["code"] == "image_too_large":
+                raise BadInput("image_too_large", refused["detail"], field="file")
+        # Killed for its memory or its time, by the kernel or below.
+        raise BadInput("invalid_image", "This is not an image that can be read.", field="file")
+
+    async def _run(self, job: bytes) -> tuple[int, bytes]:
+        process = await asyncio.create_subprocess_exec(
+            "nice",
+            sys.executable,
+            "-m",
+            "app.core.image_worker",
+            cwd=ROOT,
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.DEVNULL,
+            env={"PYTHONDONTWRITEBYTECODE": "1"},  # no settings, no secrets
+        )
+        try:
+            async with asyncio.timeout(DECODE_SECONDS):
+                output, _ = await process.communicate(job)
+        except TimeoutError:
+            output = b""
+        finally:
+            if process.returncode is None:
+                with contextlib.suppress(ProcessLookupError):
+                    process.kill()
+                await process.wait()
+        return process.returncode or 0, output

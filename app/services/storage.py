@@ -1,0 +1,150 @@
+"""Where the bytes of files are kept: a folder, or a bucket of S3. Keys are the server's own, never a client's."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Protocol
+
+from obstore.exceptions import BaseError as S3Error
+from obstore.exceptions import NotFoundError
+from obstore.store import S3Store
+
+from app.core.config import Settings
+from app.core.errors import StartupError, Unavailable
+
+CHUNK = 256 * 1024
+INCOMING = "incoming"
+"""Folder of files on their way in; nobody can ask for them, and a start empties it."""
+
+
+class Storage(Protocol):
+    """Keeps files by key. What `put` has returned for survives a power cut."""
+
+    async def put(self, key: str, source: Path) -> None:
+        """Take a file over; `source` is gone or may be deleted afterwards. Raises Unavailable."""
+
+    def read(self, key: str, start: int, end: int) -> AsyncIterator[bytes]:
+        """Bytes start..end-1, in pieces. Raises FileNotFoundError at the first one, and Unavailable."""
+
+    async def delete(self, key: str) -> None:
+        """Forget a file. What is not there is no error. Raises Unavailable."""
+
+
+def new_key() -> str:
+    """A key that nobody guesses, spread over folders."""
+    name = secrets.token_hex(16)
+    return f"{name[:2]}/{name[2:4]}/{name}"
+
+
+def storage_full() -> Unavailable:
+    """No room is left, or the disk does not answer."""
+    return Unavailable("storage_unavailable", "Files cannot be stored now; try again later.", retry_after=30)
+
+
+class LocalStorage:
+    """A folder. A file appears under its key whole, or not at all."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+
+    async def put(self, key: str, source: Path) -> None:
+        try:
+            await asyncio.to_thread(self._put, key, source)
+        except OSError as error:
+            raise storage_full() from error
+
+    def _put(self, key: str, source: Path) -> None:
+        target = self._root / key
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with source.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(source, target)
+        for folder in (target.parent, target.parent.parent, self._root):
+            descriptor = os.open(folder, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)  # the name itself must survive, too
+            finally:
+                os.close(descriptor)
+
+    async def read(self, key: str, start: int, end: int) -> AsyncIterator[bytes]:
+        file = await asyncio.to_thread((self._root / key).open, "rb", 0)
+        try:
+            position = start
+            while position < end:
+                data = await asyncio.to_thread(os.pread, file.fileno(), min(CHUNK, end - position), position)
+                if not data:
+                    raise FileNotFoundError(key)
+                position += len(data)
+                yield data
+        finally:
+            file.close()
+
+    async def delete(self, key: str) -> None:
+        try:
+            await asyncio.to_thread((self._root / key).unlink, missing_ok=True)
+        except OSError as error:
+            raise storage_full() from error
+
+
+class S3Storage:
+    """A bucket of an S3-compatible store."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._store = S3Store(
+            settings.s3_bucket,
+            endpoint=settings.s3_endpoint_url or None,
+            region=settings.s3_region,
+            access_key_id=settings.s3_access_key_id or None,
+            secret_access_key=settings.s3_secret_access_key.get_secret_value() or None,
+            virtual_hosted_style_request=False,
+            client_options={"allow_http": settings.s3_endpoint_url.startswith("http://"), "timeout": "30s"},
+        )
+
+    async def put(self, key: str, source: Path) -> None:
+        try:
+            await self._store.put_async(key, source)
+        except (S3Error, OSError) as error:
+            raise storage_full() from error
+
+    async def read(self, key: str, start: int, end: int) -> AsyncIterator[bytes]:
+        position = start
+        while position < end:
+            step = min(end, position + 8 * 1024 * 1024)
+            try:
+                data = await self._store.get_range_async(key, start=position, end=step)
+            except (NotFoundError, FileNotFoundError) as error:
+                raise FileNotFoundError(key) from error
+            except (S3Error, OSError) as error:
+                raise storage_full() from error
+            yield bytes(data)
+            position = step
+
+    async def delete(self, key: str) -> None:
+        try:
+            await self._store.delete_async(key)
+        except (NotFoundError, FileNotFoundError):
+            return
+        except (S3Error, OSError) as error:
+            raise storage_full() from error
+
+
+def open_storage(settings: Settings) -> Storage:
+    """The storage that the settings name."""
+    return S3Storage(settings) if settings.s3_bucket else LocalStorage(settings.upload_path)
+
+
+def clear_incoming(root: Path, *, older_than_seconds: float) -> None:
+    """Make the folder for what comes in, and delete what a crash has left there. Raises StartupError."""
+    folder = root / INCOMING
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in folder.iterdir():
+            if path.stat().st_mtime < time.time() - older_than_seconds:
+                path.unlink(missing_ok=True)
+    except OSError as error:
+        raise StartupError(f"The folder {root} cannot be written ({error.strerror}).") from error

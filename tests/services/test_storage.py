@@ -1,0 +1,90 @@
+"""Where bytes are kept: the same behaviour from a folder and from a real S3 server."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from moto.server import ThreadedMotoServer
+
+from app.core.config import Settings
+from app.core.errors import Unavailable
+from app.main import create_app
+from app.services.storage import LocalStorage, S3Storage, Storage, new_key
+from tests.support.databases import make_settings
+from tests.support.images import image
+from tests.support.people import people
+
+
+@pytest.fixture(scope="module")
+def s3_url() -> Iterator[str]:
+    """An S3 server with the bucket `dialect`."""
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    _, port = server.get_host_and_port()
+    url = f"http://127.0.0.1:{port}"
+    httpx.put(f"{url}/dialect").raise_for_status()
+    yield url
+    server.stop()
+
+
+def s3_settings(url: str) -> dict[str, str]:
+    """Settings that lead there."""
+    return {
+        "s3_bucket": "dialect",
+        "s3_endpoint_url": url,
+        "s3_access_key_id": "key",
+        "s3_secret_access_key": "secret",
+    }
+
+
+@pytest.fixture(params=["folder", "s3"])
+def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
+    """Each kind."""
+    if request.param == "folder":
+        return LocalStorage(tmp_path / "kept")
+    return S3Storage(make_settings(**s3_settings(request.getfixturevalue("s3_url"))))
+
+
+async def whole(storage: Storage, key: str, start: int, end: int) -> bytes:
+    """The bytes that reading brings."""
+    return b"".join([piece async for piece in storage.read(key, start, end)])
+
+
+async def test_what_was_put_is_read_in_any_range_until_it_is_deleted(storage: Storage, tmp_path: Path) -> None:
+    data, key, source = os.urandom(9_000_000), new_key(), tmp_path / "source"
+    source.write_bytes(data)
+    await storage.put(key, source)
+    for start, end in [(0, len(data)), (0, 1), (8_388_607, 8_388_609), (5, 5), (len(data) - 1, len(data))]:
+        assert await whole(storage, key, start, end) == data[start:end]
+    await storage.delete(key)
+    await storage.delete(key)
+    with pytest.raises(FileNotFoundError):
+        await whole(storage, key, 0, 1)
+
+
+async def test_a_folder_that_cannot_be_written_is_unavailable(tmp_path: Path) -> None:
+    (tmp_path / "kept").write_bytes(b"a file, not a folder")
+    source = tmp_path / "source"
+    source.write_bytes(b"data")
+    with pytest.raises(Unavailable) as refused:
+        await LocalStorage(tmp_path / "kept").put(new_key(), source)
+    assert refused.value.code == "storage_unavailable"
+
+
+async def test_files_are_kept_in_s3_when_the_settings_say_so(settings: Settings, s3_url: str) -> None:
+    app = create_app(make_settings(**{**settings.model_dump(), **s3_settings(s3_url)}))
+    async with app.router.lifespan_context(app):
+        transport = httpx.ASGITransport(app=app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            ann, bo = await people(client, 2)
+            data = os.urandom(1_000_000)
+            file, picture = await ann.upload(data), await ann.upload(image(size=(700, 500)), "a.png")
+            await ann.send_files(await ann.personal(bo), "file", file, picture)
+            assert (await bo.fetch(file["file_id"])).content == data
+            assert (await bo.fetch(file["file_id"], Range="bytes=999990-")).content == data[-10:]
+            assert (await bo.fetch(picture["file_id"], "/thumbnail")).status_code == 200
+    assert [path for path in settings.upload_path.rglob("*") if path.is_file()] == []
