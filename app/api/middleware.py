@@ -218,9 +218,8 @@ class BodyGuard:
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
         self.app = app
         self.max_bytes = settings.max_body_bytes
-        self.uploads = {
-            "/api/v1/messages/upload": settings.max_upload_bytes + MULTIPART_BYTES,
-        }
+        self.max_upload_bytes = settings.max_upload_bytes + MULTIPART_BYTES
+        self.max_avatar_bytes = settings.max_avatar_bytes + MULTIPART_BYTES
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -236,7 +235,7 @@ class BodyGuard:
         headers = Headers(scope=scope)
         declared = headers.get("content-length", "")
         is_json = "json" in headers.get("content-type", "").lower()
-        max_bytes = self.uploads.get(scope["path"], self.max_bytes)
+        max_bytes = self._max_bytes(scope["path"])
         seen = 0
         chunks: list[bytes] = []
 
@@ -258,6 +257,14 @@ class BodyGuard:
 
         # The body of a GET is nobody's: a response that streams looks there only for the client's leaving.
         await self.app(scope, receive if scope["method"] in ("GET", "HEAD") else guarded, send)
+
+    def _max_bytes(self, path: str) -> int:
+        if path == "/api/v1/messages/upload":
+            return self.max_upload_bytes
+        return self.max_avatar_bytes if AVATAR_PATH.fullmatch(path) else self.max_bytes
+
+
+AVATAR_PATH = re.compile(r"/api/v1/(users/me|chats/\d+)/avatar")
 
 
 def check_json(chunks: Iterable[bytes]) -> None:

@@ -130,8 +130,9 @@ class Database:
                 str(settings.sqlite_path.absolute()), lock_timeout_seconds=SQLITE_LOCK_SLICE_SECONDS
             )
             _prepare_sqlite(self.read_engine, begin="BEGIN", read_only=True, patience=timeout)
-            _prepare_sqlite(self.write_engine, begin="BEGIN IMMEDIATE", read_only=False, patience=timeout)
+            # Before the other listener, which would meet the file's lock instead of waiting in line.
             _queue_for(self._sqlite_write, self.write_engine)
+            _prepare_sqlite(self.write_engine, begin="BEGIN IMMEDIATE", read_only=False, patience=timeout)
 
     async def start(self) -> None:
         """Take the database into use.
@@ -327,7 +328,7 @@ def _queue_for(lock: asyncio.Lock, engine: AsyncEngine) -> None:
         if record.info.pop("holds_lock", False):
             lock.release()
 
-    event.listen(engine.sync_engine, "begin", on_begin, insert=True)
+    event.listen(engine.sync_engine, "begin", on_begin)
     event.listen(engine.sync_engine, "checkin", on_checkin)
 
 

@@ -15,6 +15,7 @@ from app.db.schemas import (
     SENDABLE,
     AccountVersion,
     AttachmentIds,
+    AvatarUrl,
     Chat,
     ClientId,
     Content,
@@ -279,6 +280,7 @@ class ChatInfo(TypedDict):
 
     title: str
     description: str
+    avatar_url: AvatarUrl
     history_visible: bool
     member_count: Counter
 

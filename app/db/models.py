@@ -111,6 +111,8 @@ class User(Base):
     display_name: Mapped[str] = mapped_column(String(64))
     display_name_key: Mapped[str] = mapped_column(String(192))
     """The casefolded display name, for prefix search; folding may triple the length."""
+    avatar: Mapped[str | None] = mapped_column(ascii_binary(64))
+    """Name of the picture, as `repositories/files.py` makes it."""
     bio: Mapped[str] = mapped_column(String(512), default="")
     password_hash: Mapped[str] = mapped_column(ascii_binary(255))
     profile_version: Mapped[int] = mapped_column(Integer, default=1)
@@ -178,6 +180,7 @@ class Chat(Base):
     type: Mapped[str] = mapped_column(ascii_binary(16))
     title: Mapped[str] = mapped_column(String(128), default="")
     description: Mapped[str] = mapped_column(String(512), default="")
+    avatar: Mapped[str | None] = mapped_column(ascii_binary(64))
     history_visible: Mapped[bool] = mapped_column(Boolean, default=True)
     """Whether those who join later see what was said before."""
     created_by: Mapped[int] = mapped_column(ID)

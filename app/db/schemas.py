@@ -43,6 +43,14 @@ Timestamp = Annotated[
         examples=["2026-01-31T12:00:00.000Z"],
     ),
 ]
+AvatarUrl = Annotated[
+    str | None,
+    Field(
+        description="The picture, 640 pixels square, in WebP; with `?size=small` behind it, 160 pixels. Another "
+        "picture has another address, so this one may be cached for ever. Null without a picture.",
+        examples=["/api/v1/avatars/7-0123456789abcdef0123456789abcdef"],
+    ),
+]
 ClientId = Annotated[
     UUID,
     Field(
@@ -58,7 +66,13 @@ FileKind = Literal["image", "video", "audio", "file"]
 MessageType = Literal["text", "image", "video", "audio", "file", "service"]
 SendableType = Literal["text", "image", "video", "audio", "file"]
 ServiceAction = Literal[
-    "chat_created", "members_added", "member_removed", "member_left", "title_changed", "description_changed"
+    "chat_created",
+    "members_added",
+    "member_removed",
+    "member_left",
+    "title_changed",
+    "description_changed",
+    "avatar_changed",
 ]
 UserRelation = Literal["none", "self", "blocked"]
 
@@ -259,6 +273,7 @@ class User(TypedDict):
     username: str
     display_name: str
     bio: str
+    avatar_url: AvatarUrl
     profile_version: Counter
 
 
@@ -494,6 +509,7 @@ class Chat(TypedDict):
     type: ChatType
     title: Annotated[str, Field(description="Of a group. A personal chat is named after its peer.")]
     description: str
+    avatar_url: AvatarUrl
     history_visible: bool
     version: Version
     last_seq: Counter

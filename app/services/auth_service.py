@@ -127,6 +127,7 @@ class AuthService:
             username=body.username,
             display_name=body.display_name or body.username,
             bio="",
+            avatar=None,
             profile_version=1,
             account_version=0,
             created_at=now,

@@ -77,6 +77,6 @@ class BlockService:
             rows = {row.id: row for row in await user_repository.list_users(session, page)}
         return {
             # As their profile shows them to whoever blocks them: without what they say of themselves.
-            "items": [user_view(rows[other_id]._replace(bio="")) for other_id in page if other_id in rows],
+            "items": [user_view(rows[other_id]._replace(bio="", avatar=None)) for other_id in page if other_id in rows],
             "next": encode_cursor(page[-1]) if len(ids) > limit else None,
         }

@@ -196,6 +196,28 @@ class ChatService:
         await uow.append(*changes)
         return await self._get(uow.session, user_id, chat_id)
 
+    async def set_avatar(
+        self, uow: UnitOfWork, user_id: int, chat_id: int, name: str | None
+    ) -> tuple[Chat, str | None]:
+        """Give a group another picture, or none; returns it and the name of the picture before. Admins only."""
+        [message_id] = await uow.ids.reserve("message")
+        row, roster = await self._lock_group(uow, user_id, chat_id)
+        self._require_rank(roster, user_id, "admin")
+        if row.avatar != name:
+            await uow.append(
+                ChangeInfo(chat_id, avatar=name or ""),
+                self._service(chat_id, user_id, message_id, "avatar_changed", []),
+            )
+        return await self._get(uow.session, user_id, chat_id), row.avatar
+
+    async def require_admin(self, user_id: int, chat_id: int) -> None:
+        """Whether somebody may change a group, before they upload for it. Raises as `edit` does."""
+        chat = await self.get(user_id, chat_id)
+        if chat["type"] != "group":
+            raise Conflict("not_a_group", "This can be done in groups only.")
+        if RANK[chat["role"]] < RANK["admin"]:
+            raise Forbidden("not_allowed", "Only the admins may do this.")
+
     async def add_members(self, uow: UnitOfWork, user_id: int, chat_id: int, user_ids: Sequence[int]) -> Chat:
         """Let people into a group. Admins only; those already in it are passed over."""
         [message_id] = await uow.ids.reserve("message")

@@ -18,6 +18,7 @@ from app.db.repositories import accounts as account_repository
 from app.db.repositories import ids as id_repository
 from app.db.repositories import users as user_repository
 from app.services.auth_service import AuthService
+from app.services.avatar_service import AvatarService
 from app.services.block_service import BlockService
 from app.services.chat_log.append import Appender
 from app.services.chat_log.catch_up import CatchUpService
@@ -63,6 +64,7 @@ class Services:
     chats: ChatService
     messages: MessageService
     files: FileService
+    avatars: AvatarService
     typing: TypingService
     presence: PresenceService
 
@@ -137,6 +139,7 @@ def build_services(settings: Settings, clock: Clock | None = None) -> Services:
     hasher = PasswordHasher(settings)
     usernames = UsernameFilter(settings.username_filter_capacity)
     rate_limiter = RateLimiter(settings, clock)
+    storage, images = open_storage(settings), ImageService(settings)
     services = Services(
         settings=settings,
         clock=clock,
@@ -181,8 +184,17 @@ def build_services(settings: Settings, clock: Clock | None = None) -> Services:
             database=database,
             ids=ids,
             limiter=rate_limiter,
-            storage=open_storage(settings),
-            images=ImageService(settings),
+            storage=storage,
+            images=images,
+        ),
+        avatars=AvatarService(
+            settings=settings,
+            clock=clock,
+            database=database,
+            ids=ids,
+            limiter=rate_limiter,
+            storage=storage,
+            images=images,
         ),
         typing=TypingService(database=database, rosters=rosters, connections=connections),
         presence=presence,

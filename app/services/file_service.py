@@ -8,6 +8,7 @@ disk is collected, as is every file that no message holds after a day.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import logging
 import os
@@ -28,7 +29,7 @@ from app.db.database import Database
 from app.db.repositories import files as repository
 from app.db.repositories.files import StoredFile
 from app.db.schemas import FileKind, UploadedFile
-from app.services.image_service import THUMBNAIL_EDGE, ImageService, looks_like_image
+from app.services.image_service import ImageService, looks_like_image
 from app.services.rate_limiter import RateLimiter
 from app.services.storage import INCOMING, Storage, clear_incoming, new_key, storage_full
 
@@ -39,6 +40,7 @@ HEAD_BYTES = 8192
 NAME_BYTES_MAX = 255
 COLLECT_SECONDS = 60.0
 COLLECT_PAGE = 100
+STOP_SECONDS = 1.0
 ABANDONED_SECONDS = 6 * 3600
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".png", ".gif", ".webp", ".svg", ".bmp", ".tif", ".tiff", ".ico"})
 THUMBNAIL_TYPE = "image/webp"
@@ -70,7 +72,7 @@ class Incoming:
     def _close(self) -> None:
         if self._file is not None:
             self._file.close()
-        for path in (self.path, self.target, self.thumbnail):
+        for path in self.path.parent.glob(f"{self.path.name}*"):
             path.unlink(missing_ok=True)
 
     @property
@@ -78,10 +80,9 @@ class Incoming:
         """Where an image goes that is encoded afresh."""
         return self.path.with_suffix(".new")
 
-    @property
-    def thumbnail(self) -> Path:
+    def copy(self, edge: int) -> Path:
         """And its smaller copy."""
-        return Path(f"{self.target}.{THUMBNAIL_EDGE}")
+        return Path(f"{self.target}.{edge}")
 
     async def write(self, data: bytes) -> None:
         """Take the next bytes. Raises TooLarge (`file_too_large`) and Unavailable (`storage_unavailable`)."""
@@ -149,6 +150,7 @@ class FileService:
         self._storage = storage
         self._images = images
         self._collector: asyncio.Task[None] | None = None
+        self._stopping = asyncio.Event()
 
     def start(self) -> None:
         """Begin collecting. Raises StartupError when the folder cannot be written."""
@@ -156,8 +158,10 @@ class FileService:
         self._collector = asyncio.create_task(self._collect_for_ever(), name="collect-files")
 
     async def stop(self) -> None:
-        """End collecting."""
+        """End collecting; what it is at is finished, if that does not take long."""
         if self._collector is not None:
+            self._stopping.set()
+            await asyncio.wait([self._collector], timeout=STOP_SECONDS)
             self._collector.cancel()
             await asyncio.gather(self._collector, return_exceptions=True)
             self._collector = None
@@ -187,7 +191,9 @@ class FileService:
             decoded = await self._images.photo(incoming.path, incoming.target)
             path, kind, media_type = incoming.target, "image", decoded.media_type
             width, height, blurhash = decoded.width, decoded.height, decoded.blurhash
-            size, digest, thumbnail_size = await asyncio.to_thread(_measure, path, incoming.thumbnail)
+            size, digest, thumbnail_size = await asyncio.to_thread(
+                _measure, path, incoming.copy(repository.THUMBNAIL_EDGE)
+            )
         elif claimed_type.lower().startswith("image/") or PurePath(name).suffix.lower() in IMAGE_SUFFIXES:
             raise BadInput(
                 "invalid_image", "This is not an image of a known kind (JPEG, PNG, GIF, WebP).", field="file"
@@ -217,7 +223,7 @@ class FileService:
                 collect_at=now + timedelta(hours=self._settings.unattached_file_hours),
             )
         if thumbnail_size is not None:
-            await self._storage.put(_thumbnail_key(key), incoming.thumbnail)
+            await self._storage.put(_thumbnail_key(key), incoming.copy(repository.THUMBNAIL_EDGE))
         await self._storage.put(key, path)
         async with self._database.writing() as session:
             await repository.mark_ready(session, file_id)
@@ -257,9 +263,9 @@ class FileService:
     # --- collecting ---
 
     async def _collect_for_ever(self) -> None:
-        while True:
+        while not self._stopping.is_set():
             try:
-                while await self.collect():
+                while await self.collect() and not self._stopping.is_set():
                     pass
                 await asyncio.to_thread(
                     clear_incoming, self._settings.upload_path, older_than_seconds=ABANDONED_SECONDS
@@ -268,7 +274,8 @@ class FileService:
                 log.warning("collecting_files_failed", extra={"error": error.code})
             except Exception:
                 log.exception("collecting_files_failed")
-            await asyncio.sleep(COLLECT_SECONDS)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._stopping.wait(), COLLECT_SECONDS)
 
     async def collect(self) -> bool:
         """Delete files that no message holds and whose time has come; True when there may be more."""
@@ -284,9 +291,8 @@ class FileService:
                 later = now + timedelta(minutes=10)
                 await repository.hide_files(session, [file.id for file in gone], again_at=later)
         for file in gone:
-            if file.thumbnail_size is not None:
-                await self._storage.delete(_thumbnail_key(file.storage_key))
-            await self._storage.delete(file.storage_key)
+            for key in repository.stored_keys(file):
+                await self._storage.delete(key)
         if gone:
             async with self._database.writing() as session:
                 await repository.delete_files(session, [file.id for file in gone])
@@ -322,7 +328,7 @@ def clean_name(name: str) -> str:
 
 
 def _thumbnail_key(key: str) -> str:
-    return f"{key}.{THUMBNAIL_EDGE}"
+    return f"{key}.{repository.THUMBNAIL_EDGE}"
 
 
 def _measure(path: Path, thumbnail: Path) -> tuple[int, bytes, int]:

@@ -12,12 +12,12 @@ from pathlib import Path
 from app.core.config import Settings
 from app.core.errors import BadInput, Unavailable
 from app.core.image_worker import REFUSED, Decoded, Job
+from app.db.repositories.files import THUMBNAIL_EDGE
 
 ROOT = Path(__file__).resolve().parents[2]
 DECODE_SECONDS = 20
 WAITING_MAX = 64
 SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a")
-THUMBNAIL_EDGE = 320
 
 
 def looks_like_image(head: bytes) -> bool:

@@ -31,6 +31,9 @@ class Storage(Protocol):
     def read(self, key: str, start: int, end: int) -> AsyncIterator[bytes]:
         """Bytes start..end-1, in pieces. Raises FileNotFoundError at the first one, and Unavailable."""
 
+    async def load(self, key: str) -> bytes:
+        """All of a small file. Raises FileNotFoundError and Unavailable."""
+
     async def delete(self, key: str) -> None:
         """Forget a file. What is not there is no error. Raises Unavailable."""
 
@@ -84,6 +87,9 @@ class LocalStorage:
         finally:
             file.close()
 
+    async def load(self, key: str) -> bytes:
+        return await asyncio.to_thread((self._root / key).read_bytes)
+
     async def delete(self, key: str) -> None:
         try:
             await asyncio.to_thread((self._root / key).unlink, missing_ok=True)
@@ -123,6 +129,15 @@ class S3Storage:
                 raise storage_full() from error
             yield bytes(data)
             position = step
+
+    async def load(self, key: str) -> bytes:
+        try:
+            found = await self._store.get_async(key)
+            return bytes(await found.bytes_async())
+        except (NotFoundError, FileNotFoundError) as error:
+            raise FileNotFoundError(key) from error
+        except (S3Error, OSError) as error:
+            raise storage_full() from error
 
     async def delete(self, key: str) -> None:
         try:

@@ -21,6 +21,7 @@ from app.db.repositories import pairs as pair_repository
 from app.db.repositories import users as user_repository
 from app.db.repositories.users import UserRow
 from app.db.schemas import Availability, Me, Profile, ProfileIn, User, UserPage, UserRelation
+from app.services.chat_log.views import avatar_url
 from app.services.rate_limiter import RateLimiter, address_key
 from app.services.unit_of_work import UnitOfWork
 
@@ -65,6 +66,7 @@ def user_view(row: UserRow) -> User:
         "username": row.username,
         "display_name": row.display_name,
         "bio": row.bio,
+        "avatar_url": avatar_url(row.avatar),
         "profile_version": row.profile_version,
     }
 
@@ -75,7 +77,7 @@ async def users_seen_by(session: AsyncSession, viewer_id: int, user_ids: Sequenc
     # The blocks last: what somebody writes after they blocked must not be read with the blocks from before.
     pairs = await pair_repository.find_pairs(session, viewer_id, [row.id for row in rows])
     apart = {user_id for user_id, pair in pairs.items() if pair.any_block}
-    return [user_view(row._replace(bio="") if row.id in apart else row) for row in rows]
+    return [user_view(row._replace(bio="", avatar=None) if row.id in apart else row) for row in rows]
 
 
 def me_view(row: UserRow) -> Me:
@@ -142,6 +144,24 @@ class UserService:
         uow.after_commit(lambda: self.usernames.add(new.username))
         return me_view(new)
 
+    async def set_avatar(self, uow: UnitOfWork, user_id: int, name: str | None) -> tuple[Me, str | None]:
+        """Give oneself another picture, or none; returns the profile and the name of the picture before."""
+        version = await uow.next_account_version(user_id)  # locks the row
+        row = await user_repository.find_user(uow.session, user_id)
+        if row is None:
+            raise user_not_found()
+        new = row._replace(avatar=name, profile_version=row.profile_version + 1)
+        await user_repository.update_profile(uow.session, new, display_name_key=name_key(new.display_name))
+        uow.announce_account(
+            user_id,
+            {
+                "type": "profile_changed",
+                "account_version": version,
+                "profile_version": new.profile_version,
+            },
+        )
+        return me_view(new), row.avatar
+
     async def profile(self, viewer_id: int, user_id: int) -> Profile:
         """Somebody's profile, with as much as the viewer may know. Raises NotFound."""
         async with self.database.reading() as session:
@@ -154,7 +174,7 @@ class UserService:
         pair = pairs.get(user_id)
         # One's own block first: what one sees of somebody one blocked does not tell whether they block back.
         if pair is not None and pair.blocks(viewer_id):
-            return self._profile(row._replace(bio=""), "blocked", shows_presence=False)
+            return self._profile(row._replace(bio="", avatar=None), "blocked", shows_presence=False)
         if pair is not None and pair.blocked_by(viewer_id):
             raise user_not_found()
         return self._profile(row, "none", shows_presence=pair is not None and pair.chat_id is not None)

@@ -128,6 +128,9 @@ ROUTES: dict[str, Route] = {
     f"POST {API}/auth/password": Route(body=new_password),
     f"GET {API}/users/me": Route(),
     f"PATCH {API}/users/me": Route(body=lambda _scene: {"display_name": "A", "bio": "B"}),
+    f"POST {API}/users/me/avatar": Route(upload=True),
+    f"DELETE {API}/users/me/avatar": Route(),
+    f"GET {API}/avatars/{{avatar}}": Route(),
     f"GET {API}/users/search": Route(query=lambda _scene: {"q": "person"}),
     f"GET {API}/users/username-available": Route(query=lambda _scene: {"username": "somebody_new"}),
     f"GET {API}/users/blocked": Route(),
@@ -149,6 +152,8 @@ ROUTES: dict[str, Route] = {
     f"PATCH {API}/chats/{{chat_id}}": Route(
         body=lambda _scene: {"title": "A", "description": "B", "history_visible": True}, may="ok 403 404 404"
     ),
+    f"POST {API}/chats/{{chat_id}}/avatar": Route(upload=True, may="ok 403 404 404"),
+    f"DELETE {API}/chats/{{chat_id}}/avatar": Route(may="ok 403 404 404"),
     f"GET {API}/chats/{{chat_id}}/members": Route(may="ok ok 404 404"),
     f"POST {API}/chats/{{chat_id}}/members": Route(
         body=lambda scene: {"user_ids": [scene.bystander.id]}, may="ok 403 404 404"

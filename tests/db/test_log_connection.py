@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import sqlite3
 
 import pytest
 from asyncmy import errors as mysql_errors
+from sqlalchemy import text
 from sqlalchemy.exc import OperationalError
 
+from app.core.config import Settings
 from app.core.errors import Unavailable
 from app.db import errors
+from app.db.database import SQLITE_LOCK_SLICE_SECONDS
 from app.db.log_connection import Statement
 from app.db.repositories import chat_log as repository
 from app.services.container import Services
@@ -28,20 +32,20 @@ NASTY = (
 async def test_text_comes_back_as_it_went_in_and_never_ends_a_statement(services: Services) -> None:
     """Through the literals (MySQL) or the values (SQLite) of both an insert and an update."""
     async with services.database.appending() as connection:
-        for number, text in enumerate(NASTY, start=1):
+        for number, nasty in enumerate(NASTY, start=1):
             row = repository.MessageRow(
-                7, number, number, number, 1, bytes([number] * 16), "text", text, text, None, None, None,
+                7, number, number, number, 1, bytes([number] * 16), "text", nasty, nasty, None, None, None,
                 services.clock.now().replace(tzinfo=None), None, None,
             )  # fmt: skip
             await repository.insert_messages(connection, [row])
-            turned = row._replace(content=text[::-1], edited_at=row.created_at)
+            turned = row._replace(content=nasty[::-1], edited_at=row.created_at)
             if number % 2:
                 await repository.update_messages(connection, [turned])
     async with services.database.reading() as session:
         rows = {row.id: row for row in await repository.find_messages(session, range(1, len(NASTY) + 1))}
-    for number, text in enumerate(NASTY, start=1):
-        assert rows[number].content == (text[::-1] if number % 2 else text)
-        assert rows[number].service == text
+    for number, nasty in enumerate(NASTY, start=1):
+        assert rows[number].content == (nasty[::-1] if number % 2 else nasty)
+        assert rows[number].service == nasty
         assert rows[number].client_id == bytes([number] * 16)
         assert (rows[number].edited_at == rows[number].created_at) is bool(number % 2)
 
@@ -106,3 +110,36 @@ def _sqlite_error(code: int | None, text: str) -> sqlite3.Error:
 )
 def test_trying_again_is_for_the_failures_of_a_database_not_of_a_statement(error: Exception, transient: bool) -> None:
     assert errors.is_transient(error) is transient
+
+
+async def test_the_writer_and_units_of_work_take_turns_at_sqlites_one_lock(
+    services: Services, settings: Settings
+) -> None:
+    if settings.uses_mysql:
+        pytest.skip("MySQL locks rows")
+    entered, leave = asyncio.Event(), asyncio.Event()
+
+    async def unit_of_work() -> None:
+        async with services.database.writing() as session:
+            await session.execute(text("UPDATE id_blocks SET next_id = next_id + 1 WHERE kind = 'chat'"))
+            entered.set()
+            await leave.wait()
+
+    async def append() -> None:
+        async with services.database.appending() as connection:
+            await connection.fetch(Statement("SELECT 1"))
+
+    holding = asyncio.create_task(unit_of_work())
+    await entered.wait()
+    waiting = asyncio.create_task(append())
+    # Longer than SQLite itself would be asked to wait: who is in line does not meet its lock.
+    done, _ = await asyncio.wait([waiting], timeout=SQLITE_LOCK_SLICE_SECONDS * 2)
+    assert not done
+    leave.set()
+    await asyncio.wait_for(asyncio.gather(holding, waiting), 5)
+    async with services.database.appending() as connection:
+        await connection.fetch(Statement("SELECT 1"))
+        waiting = asyncio.create_task(unit_of_work())
+        done, _ = await asyncio.wait([waiting], timeout=SQLITE_LOCK_SLICE_SECONDS * 2)
+        assert not done
+    await asyncio.wait_for(waiting, 5)

@@ -353,6 +353,7 @@ async def test_pages_bring_everybody_once(services: Services, client: httpx.Asyn
                 username=f"walker_{number}" if number % 3 else f"other_{number}",
                 display_name="Walker",
                 bio="",
+                avatar=None,
                 profile_version=1,
                 account_version=0,
                 created_at=services.clock.now().replace(tzinfo=None),

@@ -31,6 +31,7 @@ class ChatRow(NamedTuple):
     type: str
     title: str
     description: str
+    avatar: str | None
     history_visible: bool
     last_seq: int
     version: int
@@ -482,11 +483,11 @@ async def save_members(executor: Executor, rows: Sequence[MemberRow], existing: 
 
 
 async def update_chat_info(
-    executor: Executor, chat_id: int, *, title: str, description: str, history_visible: bool
+    executor: Executor, chat_id: int, *, title: str, description: str, avatar: str | None, history_visible: bool
 ) -> None:
     """Store what a group shows of itself."""
-    names = ["id", "title", "description", "history_visible"]
-    await _update(executor, "chats", names, [(chat_id, title, description, history_visible)], keys=1)
+    names = ["id", "title", "description", "avatar", "history_visible"]
+    await _update(executor, "chats", names, [(chat_id, title, description, avatar, history_visible)], keys=1)
 
 
 async def bump_account_versions(executor: Executor, steps: dict[int, int]) -> dict[int, int]:

@@ -35,6 +35,7 @@ class ChatListRow(NamedTuple):
     type: str
     title: str
     description: str
+    avatar: str | None
     history_visible: bool
     version: int
     last_seq: int
@@ -172,6 +173,7 @@ async def list_chats(
             CHAT.c.type,
             CHAT.c.title,
             CHAT.c.description,
+            CHAT.c.avatar,
             CHAT.c.history_visible,
             CHAT.c.version,
             CHAT.c.last_seq,

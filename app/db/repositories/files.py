@@ -31,6 +31,25 @@ class StoredFile(NamedTuple):
     thumbnail_size: int | None
 
 
+AVATAR = "avatar"
+"""Kind of the row behind a picture of a person or a group. No message holds such, and nobody fetches it as a file."""
+AVATAR_EDGES = (640, 160)
+THUMBNAIL_EDGE = 320
+
+
+def avatar_key(secret: str) -> str:
+    """Where a picture is kept; behind it comes `.<edge>`."""
+    return f"avatars/{secret[:2]}/{secret}"
+
+
+def stored_keys(file: StoredFile) -> list[str]:
+    """All that the storage keeps of a file."""
+    if file.kind == AVATAR:
+        return [f"{file.storage_key}.{edge}" for edge in AVATAR_EDGES]
+    small = [] if file.thumbnail_size is None else [f"{file.storage_key}.{THUMBNAIL_EDGE}"]
+    return [*small, file.storage_key]
+
+
 COLUMNS = [FILE.c[name] for name in StoredFile._fields]
 
 
@@ -62,7 +81,12 @@ async def find_visible(session: AsyncSession, file_id: int, user_id: int) -> Sto
     )
     result = await session.execute(
         select(*COLUMNS).where(
-            and_(FILE.c.id == file_id, FILE.c.ready.is_(True), or_(FILE.c.owner_id == user_id, seen))
+            and_(
+                FILE.c.id == file_id,
+                FILE.c.ready.is_(True),
+                FILE.c.kind != AVATAR,
+                or_(FILE.c.owner_id == user_id, seen),
+            )
         )
     )
     row = result.one_or_none()
@@ -90,6 +114,11 @@ async def list_attached(session: AsyncSession, file_ids: Sequence[int]) -> set[i
 async def keep_files(session: AsyncSession, file_ids: Sequence[int]) -> None:
     """A message holds these: they are not to be collected."""
     await session.execute(update(FILE).where(FILE.c.id.in_(file_ids)).values(collect_at=None))
+
+
+async def expire_files(session: AsyncSession, file_ids: Sequence[int], at: datetime) -> None:
+    """Nothing holds these any more: they may be collected."""
+    await session.execute(update(FILE).where(FILE.c.id.in_(file_ids)).values(collect_at=at))
 
 
 async def hide_files(session: AsyncSession, file_ids: Sequence[int], *, again_at: datetime) -> None:

@@ -25,6 +25,7 @@ class UserRow(NamedTuple):
     username: str
     display_name: str
     bio: str
+    avatar: str | None
     profile_version: int
     account_version: int
     created_at: datetime
@@ -120,6 +121,7 @@ async def update_profile(session: AsyncSession, row: UserRow, *, display_name_ke
                 display_name=row.display_name,
                 display_name_key=display_name_key,
                 bio=row.bio,
+                avatar=row.avatar,
                 profile_version=row.profile_version,
             )
         )

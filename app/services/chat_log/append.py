@@ -587,12 +587,13 @@ class _Batch:
         row = draft.row
         title = row.title if change.title is None else change.title
         description = row.description if change.description is None else change.description
+        avatar = row.avatar if change.avatar is None else change.avatar or None
         visible = row.history_visible if change.history_visible is None else change.history_visible
-        if (title, description, visible) == (row.title, row.description, row.history_visible):
+        if (title, description, avatar, visible) == (row.title, row.description, row.avatar, row.history_visible):
             return Done()
         prev = draft.updated.version
         draft.updated.info_version = draft.next_version()
-        draft.row = row._replace(title=title, description=description, history_visible=visible)
+        draft.row = row._replace(title=title, description=description, avatar=avatar, history_visible=visible)
         draft.add_event(
             {
                 "type": "chat_updated",
@@ -626,6 +627,7 @@ class _Batch:
                     draft.row.id,
                     title=draft.row.title,
                     description=draft.row.description,
+                    avatar=draft.row.avatar,
                     history_visible=draft.row.history_visible,
                 )
         await self._stamp_accounts()

@@ -81,6 +81,8 @@ class ChangeInfo:
     chat_id: int
     title: str | None = None
     description: str | None = None
+    avatar: str | None = None
+    """A name; empty to have none."""
     history_visible: bool | None = None
 
 

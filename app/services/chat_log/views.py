@@ -49,6 +49,11 @@ def attachment_view(row: FileRow) -> Attachment:
     }
 
 
+def avatar_url(name: str | None) -> str | None:
+    """Where the picture of a person or a group is."""
+    return None if name is None else f"/api/v1/avatars/{name}"
+
+
 def uuid_text(raw: bytes) -> str:
     """A UUID in its usual form."""
     # uuid.UUID costs more than the rest of the message together.
@@ -74,6 +79,7 @@ def info_view(row: ChatRow, member_count: int) -> ChatInfo:
     return {
         "title": row.title,
         "description": row.description,
+        "avatar_url": avatar_url(row.avatar),
         "history_visible": bool(row.history_visible),  # databases keep it as an integer
         "member_count": member_count,
     }
@@ -87,6 +93,7 @@ def chat_view(row: ChatListRow) -> Chat:
         "type": cast(ChatType, row.type),
         "title": row.title,
         "description": row.description,
+        "avatar_url": avatar_url(row.avatar),
         "history_visible": bool(row.history_visible),
         "version": row.version,
         "last_seq": row.last_seq,
