@@ -59,7 +59,7 @@ WEIGHTS = {
     "rename": 1,
     "chat_settings": 6,
     "mark_unread": 3,
-    "draft": 4,
+    "draft": 8,
     "user_settings": 1,
     "churn": 2,
     "storm": 5,
