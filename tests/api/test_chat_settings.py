@@ -281,6 +281,22 @@ async def test_reading_ends_what_was_marked_as_unread(client: httpx.AsyncClient)
         assert (await settings_of(ann, chat_id))["marked_unread"] is True
 
 
+async def test_only_read_marks_look_for_what_is_marked_as_unread(client: httpx.AsyncClient, services: Services) -> None:
+    ann, bo = await people(client, 2)
+    chat_id = await ann.personal(bo)
+    with statements(services.database) as seen:
+        message = await bo.say(chat_id, "hello")
+        await bo.edit(message, "hello!")
+    assert not any("chat_settings" in statement for statement in seen)
+    with statements(services.database) as seen:
+        await ann.read(message)
+    assert len([statement for statement in seen if "chat_settings" in statement]) == 1
+    await change(ann, chat_id, archived=True)
+    with statements(services.database) as seen:  # settings, and none of them that would have to end
+        await ann.read(await bo.say(chat_id, "again"))
+    assert not any("UPDATE chat_settings" in statement for statement in seen)
+
+
 async def test_marking_as_unread_and_reading_at_once_loses_no_other_setting(client: httpx.AsyncClient) -> None:
     ann, bo = await people(client, 2)
     chat_id = await ann.personal(bo)
