@@ -14,7 +14,19 @@ from app import __version__
 from app.api import problems, webhooks
 from app.api.graceful_stop import graceful_stop
 from app.api.middleware import middleware
-from app.api.v1 import auth, avatars, chats, files, health, messages, socket, users
+from app.api.v1 import (
+    auth,
+    avatars,
+    chat_settings,
+    chats,
+    drafts,
+    files,
+    health,
+    messages,
+    socket,
+    user_settings,
+    users,
+)
 from app.core.clock import Clock
 from app.core.config import Settings, get_settings
 from app.core.errors import StartupError
@@ -50,7 +62,9 @@ def create_app(settings: Settings | None = None, clock: Clock | None = None) -> 
     )
     app.state.services = services
     problems.install(app)
-    for module in (auth, users, chats, messages, files, avatars, socket):
+    for module in (
+        auth, users, user_settings, chats, chat_settings, drafts, messages, files, avatars, socket,
+    ):  # fmt: skip
         app.include_router(module.router, prefix="/api/v1", responses=problems.problems(413, 422, 429, 503))
     app.include_router(health.router)
     app.add_api_route("/", root_of(settings), include_in_schema=False)

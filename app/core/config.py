@@ -113,6 +113,7 @@ class Settings(BaseSettings):
 
     # Chats and messages
     max_group_members: int = Field(2000, ge=2, description="Members of a group.")
+    max_pinned_chats: int = Field(10, ge=0, description="Chats that one account may pin.")
     max_message_chars: int = Field(4096, ge=1, le=16384, description="Characters (code points) of a text message.")
     receipts_members_max: int = Field(
         50, ge=2, description="Chats above this size keep read and delivered marks out of the chat log."

@@ -17,9 +17,11 @@ from app.db.schemas import (
     AttachmentIds,
     AvatarUrl,
     Chat,
+    ChatSettings,
     ClientId,
     Content,
     Counter,
+    Draft,
     Id,
     In,
     Member,
@@ -29,6 +31,7 @@ from app.db.schemas import (
     Seq,
     Timestamp,
     User,
+    UserSettings,
     Version,
 )
 
@@ -399,6 +402,32 @@ class ProfileChangedEvent(TypedDict):
     profile_version: Counter
 
 
+class ChatSettingsChangedEvent(TypedDict):
+    """The user muted, pinned, archived or marked a chat, or undid it; what they set for it now."""
+
+    type: Literal["chat_settings_changed"]
+    account_version: AccountVersion
+    chat_id: Id
+    settings: ChatSettings
+
+
+class DraftChangedEvent(TypedDict):
+    """The user began, changed or deleted a draft; the draft as it is now, empty once it is deleted."""
+
+    type: Literal["draft_changed"]
+    account_version: AccountVersion
+    chat_id: Id
+    draft: Draft
+
+
+class UserSettingsChangedEvent(TypedDict):
+    """The user changed their settings; what they are now."""
+
+    type: Literal["user_settings_changed"]
+    account_version: AccountVersion
+    settings: UserSettings
+
+
 # --- ephemera: never stored, first to be dropped ----------------------------------------------------------------
 
 
@@ -431,7 +460,15 @@ ChatEvent = (
     | ChatChangesEvent
 )
 AccountEvent = (
-    ChatAddedEvent | ChatRemovedEvent | ReadMarkEvent | MessageHiddenEvent | BlockChangedEvent | ProfileChangedEvent
+    ChatAddedEvent
+    | ChatRemovedEvent
+    | ReadMarkEvent
+    | MessageHiddenEvent
+    | BlockChangedEvent
+    | ProfileChangedEvent
+    | ChatSettingsChangedEvent
+    | DraftChangedEvent
+    | UserSettingsChangedEvent
 )
 CatchUpEvent = ChatChangesEvent | ResetEvent | ChatRemovedEvent | SyncedEvent | AccountEvent | ResumedEvent
 AnyEvent = (

@@ -309,3 +309,44 @@ class Attachment(Base):
     file_id: Mapped[int] = mapped_column(ID, primary_key=True, autoincrement=False)
     chat_id: Mapped[int] = mapped_column(ID, primary_key=True, autoincrement=False)
     seq: Mapped[int] = mapped_column(ID, primary_key=True, autoincrement=False)
+
+
+class ChatSettings(Base):
+    """What one member has set for a chat, for themselves alone. No row stands for nothing set; leaving deletes it."""
+
+    __tablename__ = "chat_settings"
+    __table_args__ = (Index("ix_chat_settings_account", "user_id", "account_version"), OPTIONS)
+
+    user_id: Mapped[int] = mapped_column(ID, primary_key=True, autoincrement=False)
+    chat_id: Mapped[int] = mapped_column(ID, primary_key=True, autoincrement=False)
+    muted_until: Mapped[datetime | None] = mapped_column(MICROSECONDS)
+    pin_order: Mapped[int] = mapped_column(ID, default=0)
+    """The account version at which it was pinned; 0 when it is not."""
+    archived: Mapped[bool] = mapped_column(Boolean, default=False)
+    marked_unread: Mapped[bool] = mapped_column(Boolean, default=False)
+    account_version: Mapped[int] = mapped_column(ID)
+
+
+class Draft(Base):
+    """What somebody has begun to write in a chat; empty once it was deleted. Leaving the chat deletes the row."""
+
+    __tablename__ = "drafts"
+    __table_args__ = (Index("ix_drafts_account", "user_id", "account_version"), OPTIONS)
+
+    user_id: Mapped[int] = mapped_column(ID, primary_key=True, autoincrement=False)
+    chat_id: Mapped[int] = mapped_column(ID, primary_key=True, autoincrement=False)
+    content: Mapped[str] = mapped_column(Text().with_variant(mysql.MEDIUMTEXT(), "mysql"))
+    reply_to_id: Mapped[int | None] = mapped_column(ID)
+    updated_at: Mapped[datetime] = mapped_column(MICROSECONDS)
+    account_version: Mapped[int] = mapped_column(ID)
+
+
+class UserSettings(Base):
+    """What somebody has set for all their chats. No row stands for nothing set."""
+
+    __tablename__ = "user_settings"
+
+    user_id: Mapped[int] = mapped_column(ID, primary_key=True, autoincrement=False)
+    notify_personal: Mapped[bool] = mapped_column(Boolean, default=True)
+    notify_groups: Mapped[bool] = mapped_column(Boolean, default=True)
+    account_version: Mapped[int] = mapped_column(ID)

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from datetime import UTC, datetime
 from typing import Annotated, Literal
 from uuid import UUID
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, JsonValue
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, WithJsonSchema
 from typing_extensions import TypedDict
 
 MAX_ID = 2**53 - 1
@@ -51,6 +52,27 @@ AvatarUrl = Annotated[
         examples=["/api/v1/avatars/7-0123456789abcdef0123456789abcdef"],
     ),
 ]
+MOMENT = r"^[0-9]{4}-[0-9]{2}-[0-9]{2}[Tt][0-9]{2}:[0-9]{2}:[0-9]{2}(?:\.[0-9]{1,9})?(?:[Zz]|[+-][0-9]{2}:[0-9]{2})$"
+_MOMENT = re.compile(MOMENT, re.ASCII)
+
+
+def _moment(value: object) -> datetime:
+    """A time as RFC 3339 has it, to the millisecond that we show. A number, or a time of no known zone, is none."""
+    if not isinstance(value, str) or not _MOMENT.fullmatch(value):
+        raise ValueError("must be a time with its zone, such as 2026-01-31T12:00:00.000Z")
+    try:
+        moment = datetime.fromisoformat(value.upper()).astimezone(UTC)
+    except (ValueError, OverflowError):
+        raise ValueError("must be a time of the years 1 to 9999") from None
+    return moment.replace(microsecond=moment.microsecond // 1000 * 1000, tzinfo=None)
+
+
+Moment = Annotated[
+    datetime,
+    BeforeValidator(_moment),
+    WithJsonSchema({"type": "string", "format": "date-time", "pattern": MOMENT, "maxLength": 40}),
+]
+"""A time from a client: naive UTC, as the database has it."""
 ClientId = Annotated[
     UUID,
     Field(
@@ -266,6 +288,21 @@ class ProfileIn(In):
     bio: Paragraph | None = None
 
 
+class UserSettingsIn(In):
+    """What to change of one's settings; what is left out stays."""
+
+    notify_personal: bool | None = None
+    notify_groups: bool | None = None
+
+
+class UserSettings(TypedDict):
+    """What somebody has set for all their chats. Of two states the greater `account_version` counts."""
+
+    notify_personal: Annotated[bool, Field(description="Whether messages of personal chats are notified of.")]
+    notify_groups: Annotated[bool, Field(description="Whether messages of groups are notified of.")]
+    account_version: Annotated[AccountVersion, Field(description="Of their last change; 0 when nothing was set.")]
+
+
 class User(TypedDict):
     """A person as others see them. Refetch when `profile_version` has moved."""
 
@@ -466,6 +503,34 @@ class ChatEditIn(In):
     history_visible: bool | None = None
 
 
+class ChatSettingsIn(In):
+    """What to change of the caller's settings of a chat; what is left out stays."""
+
+    muted_until: Moment | None = Field(
+        None,
+        description="Mute until then: `9999-12-31T23:59:59.000Z` for ever; any moment that has passed unmutes.",
+        examples=["9999-12-31T23:59:59.000Z"],
+    )
+    pinned: bool | None = Field(None, description="Pinning puts the chat above those pinned before.")
+    archived: bool | None = None
+    marked_unread: bool | None = Field(None, description="Ends with the caller's next read mark in the chat, too.")
+
+
+class DraftIn(In):
+    """What the caller has begun to write."""
+
+    content: Annotated[
+        str,
+        Field(
+            json_schema_extra={"pattern": TEXT, "maxLength": 4096},
+            description="As long as a message may be; blank deletes the draft.",
+            examples=["Hello wor"],
+        ),
+        AfterValidator(_check_text),
+    ]
+    reply_to: Id | None = Field(None, description="Id of the message it answers, in the same chat.")
+
+
 class MembersIn(In):
     """People to add."""
 
@@ -502,6 +567,32 @@ class Members(TypedDict):
     next: str | None
 
 
+class ChatSettings(TypedDict):
+    """What one member has set for a chat, for themselves alone. Of two states the greater `account_version` counts."""
+
+    muted_until: Annotated[
+        Timestamp,
+        Field(
+            description="Muted while this lies ahead. `9999-12-31T23:59:59.000Z`: for ever; "
+            "`1970-01-01T00:00:00.000Z`: not muted."
+        ),
+    ]
+    pinned: bool
+    pin_order: Annotated[int, Field(ge=0, le=MAX_ID, description="Pinned chats stand by it, highest first; else 0.")]
+    archived: bool
+    marked_unread: Annotated[bool, Field(description="Shown as unread although all is read.")]
+    account_version: Annotated[AccountVersion, Field(description="Of their last change; 0 when nothing was set.")]
+
+
+class Draft(TypedDict):
+    """What a member has begun to write in a chat. Of two states the greater `account_version` counts."""
+
+    content: Annotated[str, Field(description="Empty: there is no draft.")]
+    reply_to: Annotated[Id | None, Field(description="Id of the message it answers.")]
+    updated_at: Timestamp | None
+    account_version: Annotated[AccountVersion, Field(description="Of its last change; 0 when there was none.")]
+
+
 class Chat(TypedDict):
     """A chat with all that is needed to draw its row in a list."""
 
@@ -526,6 +617,8 @@ class Chat(TypedDict):
     peer_read_seq: Annotated[int, Field(ge=0, description="Up to where the peer of a personal chat has read.")]
     peer_delivered_seq: Annotated[int, Field(ge=0, description="Up to where the peer's devices have received.")]
     last_message: Message | None
+    settings: Annotated[ChatSettings, Field(description="The caller's own.")]
+    draft: Annotated[Draft, Field(description="The caller's own.")]
 
 
 class ChatPage(TypedDict):

@@ -44,7 +44,15 @@ class ChatService:
 
     # --- reading ---
 
-    async def list_chats(self, user_id: int, *, cursor: str | None, limit: int) -> ChatPage:
+    async def list_chats(
+        self,
+        user_id: int,
+        *,
+        cursor: str | None,
+        limit: int,
+        pinned: bool | None = None,
+        archived: bool | None = None,
+    ) -> ChatPage:
         """A page of one's chats by last activity, newest first, in few queries whatever its length."""
         limit = min(limit, self._settings.page_size_max)
         before: tuple[datetime, int] | None = None
@@ -52,7 +60,9 @@ class ChatService:
             moment, chat_id = decode_cursor(cursor, *CHAT_CURSOR)
             before = (EPOCH + timedelta(microseconds=moment), chat_id)
         async with self._database.reading() as session:
-            rows = await chats_repository.list_chats(session, user_id, before=before, limit=limit + 1)
+            rows = await chats_repository.list_chats(
+                session, user_id, before=before, pinned=pinned, archived=archived, limit=limit + 1
+            )
             more = len(rows) > limit
             rows = rows[:limit]
             people = {row.peer_id for row in rows if row.peer_id is not None}

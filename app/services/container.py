@@ -26,7 +26,9 @@ from app.services.chat_log.roster import RosterCache
 from app.services.chat_log.sequencer import Sequencer
 from app.services.chat_log.writer import Writer
 from app.services.chat_service import ChatService
+from app.services.chat_settings_service import ChatSettingsService
 from app.services.connection_manager import ConnectionManager
+from app.services.draft_service import DraftService
 from app.services.file_service import FileService
 from app.services.image_service import ImageService
 from app.services.message_service import MessageService
@@ -36,6 +38,7 @@ from app.services.storage import open_storage
 from app.services.typing_service import TypingService
 from app.services.unit_of_work import UnitOfWorkFactory
 from app.services.user_service import UserService
+from app.services.user_settings_service import UserSettingsService
 
 WARMING_PAGE = 1_000
 
@@ -56,12 +59,15 @@ class Services:
     rate_limiter: RateLimiter
     auth: AuthService
     users: UserService
+    user_settings: UserSettingsService
     blocks: BlockService
     connections: ConnectionManager
     sequencer: Sequencer
     writer: Writer
     catch_up: CatchUpService
     chats: ChatService
+    chat_settings: ChatSettingsService
+    drafts: DraftService
     messages: MessageService
     files: FileService
     avatars: AvatarService
@@ -169,12 +175,15 @@ def build_services(settings: Settings, clock: Clock | None = None) -> Services:
             limiter=rate_limiter,
             is_online=connections.is_online,
         ),
+        user_settings=UserSettingsService(database=database),
         blocks=BlockService(clock=clock, database=database),
         connections=connections,
         sequencer=sequencer,
         writer=writer,
         catch_up=catch_up,
         chats=ChatService(settings=settings, clock=clock, database=database, limiter=rate_limiter),
+        chat_settings=ChatSettingsService(settings=settings, clock=clock),
+        drafts=DraftService(settings=settings, clock=clock),
         messages=MessageService(
             settings=settings, clock=clock, database=database, writer=writer, unit_of_work=unit_of_work
         ),

@@ -35,6 +35,12 @@ StoredCommand = (
 LIMITED_ACCOUNTS_MAX = 100_000
 
 
+def check_length(content: str, max_chars: int) -> None:
+    """Refuse a text too long for a message. Raises BadInput."""
+    if len(content) > max_chars:
+        raise BadInput("message_too_long", f"A message has at most {max_chars} characters.", field="content")
+
+
 class MessageService:
     """What people do with messages."""
 
@@ -112,12 +118,7 @@ class MessageService:
             )
 
     def _check_content(self, content: str) -> None:
-        if len(content) > self._settings.max_message_chars:
-            raise BadInput(
-                "message_too_long",
-                f"A message has at most {self._settings.max_message_chars} characters.",
-                field="content",
-            )
+        check_length(content, self._settings.max_message_chars)
         if not content.strip():
             raise BadInput("message_empty", "A message needs some text.", field="content")
 

@@ -131,6 +131,8 @@ ROUTES: dict[str, Route] = {
     f"POST {API}/users/me/avatar": Route(upload=True),
     f"DELETE {API}/users/me/avatar": Route(),
     f"GET {API}/avatars/{{avatar}}": Route(),
+    f"GET {API}/users/me/settings": Route(),
+    f"PATCH {API}/users/me/settings": Route(body=lambda _scene: {"notify_personal": False, "notify_groups": True}),
     f"GET {API}/users/search": Route(query=lambda _scene: {"q": "person"}),
     f"GET {API}/users/username-available": Route(query=lambda _scene: {"username": "somebody_new"}),
     f"GET {API}/users/blocked": Route(),
@@ -154,6 +156,19 @@ ROUTES: dict[str, Route] = {
     ),
     f"POST {API}/chats/{{chat_id}}/avatar": Route(upload=True, may="ok 403 404 404"),
     f"DELETE {API}/chats/{{chat_id}}/avatar": Route(may="ok 403 404 404"),
+    f"PATCH {API}/chats/{{chat_id}}/settings": Route(
+        body=lambda _scene: {
+            "muted_until": "9999-12-31T23:59:59.000Z",
+            "pinned": True,
+            "archived": True,
+            "marked_unread": True,
+        },
+        may="ok ok 404 404",
+    ),
+    f"PUT {API}/chats/{{chat_id}}/draft": Route(
+        body=lambda scene: {"content": "A", "reply_to": scene.message}, may="ok ok 404 404"
+    ),
+    f"DELETE {API}/chats/{{chat_id}}/draft": Route(may="ok ok 404 404"),
     f"GET {API}/chats/{{chat_id}}/members": Route(may="ok ok 404 404"),
     f"POST {API}/chats/{{chat_id}}/members": Route(
         body=lambda scene: {"user_ids": [scene.bystander.id]}, may="ok 403 404 404"
@@ -643,6 +658,7 @@ async def test_what_is_foreign_and_what_is_missing_look_the_same_to_the_byte(
     send, personal = f"/chats/{scene.chat}/messages", "/chats/personal"
     bodies: list[tuple[str, str, Callable[[int], Json], int]] = [
         ("POST", send, lambda value: {"content": "x", "reply_to": value}, scene.other_message),
+        ("PUT", f"/chats/{scene.chat}/draft", lambda value: {"content": "x", "reply_to": value}, scene.other_message),
         ("POST", "/messages/resume", lambda value: {"chats": {str(value): 0}}, scene.other_chat),
         ("POST", "/messages/resume", lambda value: {"chats": {str(value): 10**6}}, scene.other_chat),
     ]

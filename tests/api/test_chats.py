@@ -46,6 +46,15 @@ async def test_two_people_have_one_personal_chat_whoever_asks(client: httpx.Asyn
         "peer_read_seq": 0,
         "peer_delivered_seq": 0,
         "last_message": None,
+        "settings": {
+            "muted_until": "1970-01-01T00:00:00.000Z",
+            "pinned": False,
+            "pin_order": 0,
+            "archived": False,
+            "marked_unread": False,
+            "account_version": 0,
+        },
+        "draft": {"content": "", "reply_to": None, "updated_at": None, "account_version": 0},
     }
     assert other_side.json() == {**first.json(), "peer_id": ann.id}
     assert await ann.refused("POST", "/chats/personal", {"user_id": 999_999}) == (404, "user_not_found")
@@ -247,6 +256,11 @@ async def test_a_foreign_chat_and_a_missing_one_look_the_same_to_the_byte(client
         ("DELETE", "/chats/{chat}/messages/{message}?for_everyone=false", None),
         ("POST", "/chats/{chat}/messages/{message}/read", None),
         ("GET", "/chats/{chat}/messages/{message}/readers", None),
+        ("PATCH", "/chats/{chat}/settings", {"pinned": True}),
+        ("PATCH", "/chats/{chat}/settings", {}),
+        ("PUT", "/chats/{chat}/draft", {"content": "x"}),
+        ("PUT", "/chats/{chat}/draft", {"content": "", "reply_to": in_group["id"]}),
+        ("DELETE", "/chats/{chat}/draft", None),
         ("GET", "/messages/history/{chat}", None),
     ]
 

@@ -57,6 +57,10 @@ WEIGHTS = {
     "block": 2,
     "unblock": 3,
     "rename": 1,
+    "chat_settings": 6,
+    "mark_unread": 3,
+    "draft": 8,
+    "user_settings": 1,
     "churn": 2,
     "storm": 5,
     "leave_server": 3,
@@ -714,6 +718,40 @@ class World:
     async def do_rename(self, a: int, b: int, c: int) -> None:
         await self._call(self.people[a % PEOPLE], "PATCH", "/users/me", {"display_name": f"Name {b}"})
 
+    async def do_chat_settings(self, a: int, b: int, c: int) -> None:
+        log = self._log(b)
+        moments = ("9999-12-31T23:59:59.000Z", "2100-01-01T00:00:00.000Z", "1970-01-01T00:00:00.000Z")
+        body = ({"muted_until": moments[c % 3]}, {"pinned": c % 3 > 0}, {"archived": c % 2 == 0, "pinned": True})[b % 3]
+        await self._call(self._person(log, a), "PATCH", f"/chats/{log.chat_id}/settings", body)
+
+    async def do_mark_unread(self, a: int, b: int, c: int) -> None:
+        """Marked as unread on one device, and read on another, after it or at the same time."""
+        if (sent := self._target(a)) is None:
+            return
+        account = self._person(self.logs[sent.chat_id], b)
+        path = f"/chats/{sent.chat_id}"
+        marking = self._call(account, "PATCH", f"{path}/settings", {"marked_unread": c % 8 != 7})
+        reading = self._call(account, "POST", f"{path}/messages/{sent.id}/read")
+        if c % 2:
+            await asyncio.gather(marking, reading)
+        else:
+            await marking
+            await reading
+
+    async def do_draft(self, a: int, b: int, c: int) -> None:
+        log = self._log(b)
+        path = f"/chats/{log.chat_id}/draft"
+        if c % 3 == 0:
+            await self._call(self._person(log, a), "DELETE", path)
+        else:
+            reply_to = self.sent[-1].id if c % 2 and self.sent else None
+            body = {"content": f"begun {next(self.texts)}", "reply_to": reply_to}
+            await self._call(self._person(log, a), "PUT", path, body)
+
+    async def do_user_settings(self, a: int, b: int, c: int) -> None:
+        body = {"notify_personal": b % 2 == 0, "notify_groups": c % 2 == 0}
+        await self._call(self.people[a % PEOPLE], "PATCH", "/users/me/settings", body)
+
     async def do_churn(self, a: int, b: int, c: int) -> None:
         """Somebody is put out and let in again, as fast as it goes."""
         log = self._log(b, groups=True)
@@ -739,6 +777,8 @@ class World:
             self.do_send(c, b, 1),
             self.do_read(0, number, c),
             (self.do_block if c % 2 else self.do_unblock)(number, b, c),
+            self.do_chat_settings(number, b, c),
+            self.do_draft(number, b, c),
             *hides,
         )
 

@@ -12,6 +12,7 @@ import httpx
 
 Event = dict[str, Any]
 MARKS_PUBLIC_MAX = 50
+DEFAULT_SETTINGS = {"notify_personal": True, "notify_groups": True, "account_version": 0}
 
 
 @dataclass
@@ -28,6 +29,8 @@ class ChatState:
     """The user's own read mark."""
     unread_count: int | None = None
     """As the server counted; None where the client counts for itself."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    draft: dict[str, Any] = field(default_factory=dict)
 
     def unread(self, user_id: int) -> int:
         """The number on the chat's badge."""
@@ -75,6 +78,11 @@ class ChatState:
                 member["delivered_seq"] = max(member["delivered_seq"], seq)
 
 
+def _newer(held: dict[str, Any], told: dict[str, Any]) -> dict[str, Any]:
+    """Of two states of something private, the one that changed later."""
+    return told if told["account_version"] > held["account_version"] else held
+
+
 class Replica:
     """A client that keeps its chats by applying events."""
 
@@ -84,6 +92,7 @@ class Replica:
         self.account_version = 0
         self.chats: dict[int, ChatState] = {}
         self.blocked: set[int] = set()
+        self.settings = dict(DEFAULT_SETTINGS)
         self.hidden: set[int] = set()
         """Ids of messages deleted for oneself: their rows may still be on the way."""
         self.holes: set[int] = set()
@@ -111,6 +120,7 @@ class Replica:
                 self.chats.clear()
                 self.blocked.clear()
                 self.hidden.clear()
+                self.settings = dict(DEFAULT_SETTINGS)
                 self.account_version = 0
             self.epoch = event["epoch"]
         elif kind == "reset":
@@ -133,6 +143,17 @@ class Replica:
             self._account(event)
         elif kind == "block_changed":
             (self.blocked.add if event["blocked"] else self.blocked.discard)(event["user_id"])
+            self._account(event)
+        elif kind == "chat_settings_changed":
+            if (chat := self.chats.get(event["chat_id"])) is not None:
+                chat.settings = _newer(chat.settings, event["settings"])
+            self._account(event)
+        elif kind == "draft_changed":
+            if (chat := self.chats.get(event["chat_id"])) is not None:
+                chat.draft = _newer(chat.draft, event["draft"])
+            self._account(event)
+        elif kind == "user_settings_changed":
+            self.settings = _newer(self.settings, event["settings"])
             self._account(event)
         elif kind in ("chat_added", "profile_changed"):
             self._account(event)
@@ -157,6 +178,7 @@ class Replica:
         chat.complete_from = min((message["seq"] for message in event["messages"]), default=1)
         chat.info = {key: event["chat"][key] for key in ("title", "description", "history_visible", "member_count")}
         chat.read_seq = event["chat"]["read_seq"]
+        chat.settings, chat.draft = event["chat"]["settings"], event["chat"]["draft"]
         self.chats[event["chat_id"]] = chat
         self.holes.discard(event["chat_id"])
 
@@ -204,6 +226,8 @@ class Replica:
                     "version": chat.version,
                     "info": chat.info,
                     "read_seq": chat.read_seq,
+                    "settings": chat.settings,
+                    "draft": chat.draft,
                     "members": {
                         user_id: {key: member[key] for key in ("role", "read_seq", "delivered_seq")}
                         for user_id, member in sorted(chat.members.items())
@@ -220,6 +244,7 @@ class Replica:
                 for chat_id, chat in sorted(self.chats.items())
             },
             "blocked": sorted(self.blocked),
+            "settings": self.settings,
         }
 
     async def complete(self, client: httpx.AsyncClient, headers: dict[str, str]) -> None:
@@ -246,6 +271,7 @@ async def fetch(client: httpx.AsyncClient, headers: dict[str, str], user_id: int
             chat = replica.chats[item["id"]] = ChatState(item["version"])
             chat.info = {key: item[key] for key in ("title", "description", "history_visible", "member_count")}
             chat.read_seq, chat.unread_count = item["read_seq"], item["unread_count"]
+            chat.settings, chat.draft = item["settings"], item["draft"]
         cursor = page["next"]
         if cursor is None:
             break
@@ -269,6 +295,7 @@ async def fetch(client: httpx.AsyncClient, headers: dict[str, str], user_id: int
             after = page["items"][-1]["seq"]
     blocked = await _get(client, "/api/v1/users/blocked", headers)
     replica.blocked = {person["id"] for person in blocked["items"]}
+    replica.settings = await _get(client, "/api/v1/users/me/settings", headers)
     return replica
 
 

@@ -39,10 +39,18 @@ Limit = Annotated[int, Query(ge=1, le=100, description="Items of a page.")]
 
 @router.get("", summary="My chats", responses=problems(401))
 async def list_chats(
-    services: ServicesDep, caller: CallerDep, cursor: ChatCursor = None, limit: Limit = 50
+    services: ServicesDep,
+    caller: CallerDep,
+    cursor: ChatCursor = None,
+    limit: Limit = 50,
+    pinned: Annotated[bool | None, Query(description="Only chats that are pinned, or with false, are not.")] = None,
+    archived: Annotated[bool | None, Query(description="Only chats that are archived, or with false, are not.")] = None,
 ) -> ChatPage:
-    """The caller's chats by last activity, newest first, with all that is needed to draw the list."""
-    return await services.chats.list_chats(caller.user_id, cursor=cursor, limit=limit)
+    """The caller's chats by last activity, newest first, with all that is needed to draw the list.
+
+    Pinned chats come in their turn, too: a client shows `?pinned=true` on top, by `settings.pin_order`.
+    """
+    return await services.chats.list_chats(caller.user_id, cursor=cursor, limit=limit, pinned=pinned, archived=archived)
 
 
 @router.post(

@@ -85,6 +85,14 @@ async def epoch(session: AsyncSession) -> str:
     return (await session.execute(select(ServerState.epoch))).scalar_one()
 
 
+async def lock_account(session: AsyncSession, user_id: int) -> None:
+    """Lock a user's row: what only they see, their memberships included, stays as it is until the transaction ends.
+
+    After pairs and chats; joining and leaving number themselves under the same lock.
+    """
+    await session.execute(select(USER.c.id).where(USER.c.id == user_id).with_for_update())
+
+
 async def account_versions(session: AsyncSession, user_ids: Sequence[int]) -> dict[int, int]:
     """Account versions by user id."""
     result = await session.execute(select(USER.c.id, USER.c.account_version).where(USER.c.id.in_(user_ids)))

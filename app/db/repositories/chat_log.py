@@ -17,6 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
 
 from app.db.log_connection import LogConnection, Row, Statement
 from app.db.models import Chat, ChatMember, HiddenMessage, Message
+from app.db.repositories.chat_settings import ChatSettingsRow
 
 CHAT = cast(Table, Chat.__table__)
 MEMBER = cast(Table, ChatMember.__table__)
@@ -267,6 +268,7 @@ class Found:
     messages: list[MessageRow]
     members: list[MemberRow]
     files: list[FileRow]
+    marked_unread: set[tuple[int, int]]
 
 
 async def lock_and_find(
@@ -276,12 +278,14 @@ async def lock_and_find(
     client_ids: Sequence[tuple[int, int, bytes]],
     message_ids: Sequence[int],
     member_keys: Sequence[tuple[int, int]],
-    file_ids: Sequence[int],
+    file_ids: Sequence[int] = (),
+    reader_keys: Sequence[tuple[int, int]] = (),
     skip_locked: bool,
 ) -> Found:
     """Lock chats, lowest id first, and read their counters; then the messages sent earlier under these (chat_id,
-    sender_id, client_id), messages by id, memberships by (chat_id, user_id), past ones included, and files, locked:
-    nobody collects them before they are attached.
+    sender_id, client_id), messages by id, memberships by (chat_id, user_id), past ones included, files, locked, so that
+    nobody collects them before they are attached, and which of the readers (chat_id, user_id) have marked the chat as
+    unread.
 
     Chats that are missing, and with `skip_locked` those that somebody else holds, are left out.
     """
@@ -301,8 +305,11 @@ async def lock_and_find(
     if file_ids:
         sql = f"SELECT {', '.join(FileRow._fields)} FROM files WHERE id IN ({_ids(file_ids)}) ORDER BY id"  # noqa: S608
         statements.append(Statement(sql + (" FOR UPDATE" if is_mysql(executor) else "")))
+    if reader_keys:
+        columns = ["chat_id", "user_id", "marked_unread"]
+        statements.append(_select(executor, columns, "chat_settings", columns[:2], reader_keys))
     results = iter(await _fetch(executor, *statements))
-    found = Found([ChatRow._make(row) for row in next(results)], [], [], [], [])
+    found = Found([ChatRow._make(row) for row in next(results)], [], [], [], [], set())
     earlier = [row[0] for row in next(results)] if client_ids else []
     if message_ids:
         found.messages = [_message_row(row) for row in next(results)]
@@ -310,6 +317,8 @@ async def lock_and_find(
         found.members = [_member_row(row) for row in next(results)]
     if file_ids:
         found.files = [FileRow._make(row) for row in next(results)]
+    if reader_keys:
+        found.marked_unread = {(row[0], row[1]) for row in next(results) if row[2]}
     if earlier:
         found.earlier = await find_messages(executor, earlier)
     return found
@@ -488,6 +497,30 @@ async def update_chat_info(
     """Store what a group shows of itself."""
     names = ["id", "title", "description", "avatar", "history_visible"]
     await _update(executor, "chats", names, [(chat_id, title, description, avatar, history_visible)], keys=1)
+
+
+async def list_chat_settings(executor: Executor, keys: Sequence[tuple[int, int]]) -> list[ChatSettingsRow]:
+    """What members (chat_id, user_id) have set for a chat, exact under the users' locks."""
+    names = ChatSettingsRow._fields
+    [rows] = await _fetch(executor, _select(executor, names, "chat_settings", ["chat_id", "user_id"], keys))
+    return [
+        ChatSettingsRow(row[0], row[1], _parsed(row[2]), row[3], bool(row[4]), bool(row[5]), row[6]) for row in rows
+    ]
+
+
+async def save_marked_unread(executor: Executor, rows: Sequence[ChatSettingsRow]) -> None:
+    """Store whether chats are marked as unread, under the users' locks."""
+    names = ["user_id", "chat_id", "marked_unread", "account_version"]
+    values = [(row.user_id, row.chat_id, row.marked_unread, row.account_version) for row in rows]
+    await _update(executor, "chat_settings", names, values)
+
+
+async def forget_private(executor: Executor, keys: Iterable[tuple[int, int]]) -> None:
+    """Delete settings and drafts of those (chat_id, user_id) who have left, under the users' locks."""
+    for chat_id, user_id in keys:
+        for table in ("chat_settings", "drafts"):
+            sql = f"DELETE FROM {table} WHERE user_id = {user_id:d} AND chat_id = {chat_id:d}"  # noqa: S608 - integers
+            await _execute(executor, Statement(sql))
 
 
 async def bump_account_versions(executor: Executor, steps: dict[int, int]) -> dict[int, int]:

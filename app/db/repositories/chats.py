@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import datetime
+from itertools import islice
 from typing import NamedTuple, cast
 
 from sqlalchemy import ColumnElement, Table, and_, exists, func, insert, literal, or_, select
@@ -11,6 +12,8 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.db.models import Chat, ChatMember, HiddenMessage, Message
 from app.db.repositories.chat_log import MEMBER_COLUMNS, MESSAGE_COLUMNS, MemberRow, MessageRow, database_now
+from app.db.repositories.chat_settings import SETTINGS, SETTINGS_COLUMNS, ChatSettingsRow
+from app.db.repositories.drafts import DRAFT, DRAFT_COLUMNS, DraftRow
 
 CHAT = cast(Table, Chat.__table__)
 MEMBER = cast(Table, ChatMember.__table__)
@@ -53,6 +56,8 @@ class ChatListRow(NamedTuple):
     unread_count: int
     last_message_hidden: bool
     last_message: MessageRow | None
+    settings: ChatSettingsRow
+    draft: DraftRow
 
 
 async def insert_chat(
@@ -114,9 +119,14 @@ async def list_chats(
     *,
     chat_ids: Sequence[int] | None = None,
     before: tuple[datetime, int] | None = None,
+    pinned: bool | None = None,
+    archived: bool | None = None,
     limit: int,
 ) -> list[ChatListRow]:
-    """Chats of a user by last activity, newest first, in one query whatever their number."""
+    """Chats of a user by last activity, newest first, in one query whatever their number.
+
+    `pinned` and `archived` leave out those that are not so, or with False those that are.
+    """
     peer = MEMBER.alias("peer")
     last = MESSAGE.alias("last")
     unread = MESSAGE.alias("unread")
@@ -158,6 +168,8 @@ async def list_chats(
                 last.c.seq >= MEMBER.c.visible_from_seq,
             ),
         )
+        .outerjoin(SETTINGS, and_(SETTINGS.c.user_id == user_id, SETTINGS.c.chat_id == MEMBER.c.chat_id))
+        .outerjoin(DRAFT, and_(DRAFT.c.user_id == user_id, DRAFT.c.chat_id == MEMBER.c.chat_id))
     )
     conditions: list[ColumnElement[bool]] = [MEMBER.c.user_id == user_id, MEMBER.c.left_seq.is_(None)]
     if chat_ids is not None:
@@ -167,6 +179,10 @@ async def list_chats(
         conditions.append(
             or_(CHAT.c.last_activity_at < moment, and_(CHAT.c.last_activity_at == moment, CHAT.c.id < chat_id))
         )
+    if pinned is not None:
+        conditions.append((func.coalesce(SETTINGS.c.pin_order, 0) > 0).is_(pinned))
+    if archived is not None:
+        conditions.append(func.coalesce(SETTINGS.c.archived, False).is_(archived))
     statement = (
         select(
             CHAT.c.id,
@@ -191,18 +207,31 @@ async def list_chats(
             unread_count.label("unread_count"),
             last_hidden.label("last_message_hidden"),
             *(last.c[column.name].label(f"last_{column.name}") for column in MESSAGE_COLUMNS),
+            *(column.label(f"settings_{column.name}") for column in SETTINGS_COLUMNS),
+            *(column.label(f"draft_{column.name}") for column in DRAFT_COLUMNS),
         )
         .select_from(source)
         .where(*conditions)
         .order_by(CHAT.c.last_activity_at.desc(), CHAT.c.id.desc())
         .limit(limit)
     )
-    width = len(ChatListRow._fields) - 1
     rows: list[ChatListRow] = []
     for row in await session.execute(statement):
-        fields = tuple(row)
-        message = MessageRow(*fields[width:]) if fields[width] is not None else None
-        rows.append(ChatListRow._make((*fields[:width], message)))
+        fields = iter(row)
+        own = list(islice(fields, len(ChatListRow._fields) - 3))
+        message = list(islice(fields, len(MESSAGE_COLUMNS)))
+        settings = list(islice(fields, len(SETTINGS_COLUMNS)))
+        draft = list(fields)
+        rows.append(
+            ChatListRow._make(
+                (
+                    *own,
+                    MessageRow._make(message) if message[0] is not None else None,
+                    ChatSettingsRow._make(settings) if settings[0] is not None else ChatSettingsRow(user_id, own[0]),
+                    DraftRow._make(draft) if draft[0] is not None else DraftRow(user_id, own[0]),
+                )
+            )
+        )
     return rows
 
 

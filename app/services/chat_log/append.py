@@ -8,7 +8,7 @@ exact, so that nobody who was removed or blocked slips a message in.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import assert_never, cast
 
 from app.core.clock import Clock, timestamp
@@ -44,7 +44,14 @@ from app.services.chat_log.changes import (
     SendService,
 )
 from app.services.chat_log.roster import Roster, RosterCache, RosterMember, load_rosters
-from app.services.chat_log.views import attachment_view, info_view, member_view, message_view, uuid_text
+from app.services.chat_log.views import (
+    attachment_view,
+    chat_settings_view,
+    info_view,
+    member_view,
+    message_view,
+    uuid_text,
+)
 
 ATTACHABLE: dict[SendableType, tuple[str, ...]] = {
     "text": (),
@@ -129,6 +136,9 @@ class _Batch:
         self.rewritten: dict[int, MessageRow] = {}
         self.marks: dict[tuple[int, int], MarkUpdate] = {}
         self.private_marks: list[tuple[int, int]] = []
+        self.marked_unread: set[tuple[int, int]] = set()
+        self.read_after_all: list[tuple[int, int]] = []
+        """Who was marked as unread, and is read now."""
         self.saved_members: dict[tuple[int, int], MemberRow] = {}
         self.existing_members: set[tuple[int, int]] = set()
         self.files: dict[int, FileRow] = {}
@@ -180,6 +190,7 @@ class _Batch:
         targets: set[int] = set()
         file_ids: set[int] = set()
         member_keys: set[tuple[int, int]] = set()
+        reader_keys: set[tuple[int, int]] = set()
         for change in self.changes:
             match change:
                 case SendMessage():
@@ -192,6 +203,8 @@ class _Batch:
                 case Mark():
                     targets.add(change.message_id)
                     member_keys.add((change.chat_id, change.user_id))
+                    if change.kind == "read":
+                        reader_keys.add((change.chat_id, change.user_id))
                 case ChangeMembers():
                     people = [user_id for user_id, _ in (*change.join, *change.roles)]
                     member_keys.update((change.chat_id, user_id) for user_id in (*people, *change.leave))
@@ -206,6 +219,7 @@ class _Batch:
             message_ids=sorted(targets),
             member_keys=sorted(member_keys),
             file_ids=sorted(file_ids),
+            reader_keys=sorted(reader_keys),
             skip_locked=skip_locked,
         )
         if skip_locked and len(found.chats) < len(chat_ids):
@@ -217,6 +231,7 @@ class _Batch:
         self.members = {(row.chat_id, row.user_id): row for row in found.members}
         self.existing_members = set(self.members)
         self.files = {row.id: row for row in found.files}
+        self.marked_unread = found.marked_unread
 
         moved = {change.chat_id for change in self.changes if isinstance(change, RosterMoved)}
         rosters = {row.id: self.appender.rosters.get(row.id) for row in found.chats}
@@ -466,6 +481,10 @@ class _Batch:
         member = self._require_member(draft, change.user_id)
         seq = self._require_target(draft, member, change.message_id).seq
         key = (change.chat_id, change.user_id)
+        if change.kind == "read" and key in self.marked_unread:  # whether or not there is more to read
+            self.marked_unread.discard(key)
+            self.read_after_all.append(key)
+            self.account_steps[change.user_id] = self.account_steps.get(change.user_id, 0) + 1
         stored = self.members[key]
         mark = self.marks.get(key)
         read = max(stored.read_seq, mark.read_seq if mark else 0)
@@ -631,13 +650,14 @@ class _Batch:
                     history_visible=draft.row.history_visible,
                 )
         await self._stamp_accounts()
+        await repository.forget_private(executor, [(draft.row.id, user) for draft in changed for user in draft.left])
         if self.saved_members:
             await repository.save_members(executor, list(self.saved_members.values()), frozenset(self.existing_members))
         if self.marks:
             await repository.update_marks(executor, list(self.marks.values()))
 
     async def _stamp_accounts(self) -> None:
-        """Number what only its owner sees: who joined, who left, whose own mark moved unseen."""
+        """Number what only its owner sees: who joined, who left, whose own mark moved unseen, who read after all."""
         if not self.account_steps:
             return
         last = await repository.bump_account_versions(self.executor, self.account_steps)
@@ -661,6 +681,8 @@ class _Batch:
                     },
                 )
             )
+        if self.read_after_all:
+            await self._end_marked_unread(stamp)
         for draft in self.drafts.values():
             for user_id in (*draft.joined, *draft.left):
                 key = (draft.row.id, user_id)
@@ -672,3 +694,19 @@ class _Batch:
                 else:
                     event = {"type": "chat_removed", "account_version": version, "chat_id": draft.row.id}
                 self.account_events.append((user_id, event))
+
+    async def _end_marked_unread(self, stamp: Callable[[int], int]) -> None:
+        # Read again, now that numbering has locked the users: the event shows the other settings, too.
+        rows = [
+            row._replace(marked_unread=False, account_version=stamp(row.user_id))
+            for row in await repository.list_chat_settings(self.executor, self.read_after_all)
+        ]
+        await repository.save_marked_unread(self.executor, rows)
+        for row in rows:
+            event: AccountEvent = {
+                "type": "chat_settings_changed",
+                "account_version": row.account_version,
+                "chat_id": row.chat_id,
+                "settings": chat_settings_view(row),
+            }
+            self.account_events.append((row.user_id, event))

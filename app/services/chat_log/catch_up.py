@@ -17,13 +17,24 @@ from app.db.database import Database
 from app.db.events import CatchUpEvent, ResetEvent
 from app.db.repositories import accounts as accounts_repository
 from app.db.repositories import chat_log as repository
+from app.db.repositories import chat_settings as chat_settings_repository
 from app.db.repositories import chats as chats_repository
+from app.db.repositories import drafts as drafts_repository
+from app.db.repositories import user_settings as user_settings_repository
 from app.db.repositories.chat_log import MessageRow
 from app.db.repositories.chats import ChatCursor
 from app.db.schemas import MAX_ID, Message, ResumeIn
-from app.services.chat_log.views import chat_view, info_view, member_view, message_view
+from app.services.chat_log.views import (
+    chat_settings_view,
+    chat_view,
+    draft_view,
+    info_view,
+    member_view,
+    message_view,
+)
 from app.services.connection_manager import ConnectionManager, OnlineUser
 from app.services.user_service import users_seen_by
+from app.services.user_settings_service import user_settings_view
 
 PAGE_MESSAGES = 100
 PAGE_MEMBERS = 200
@@ -241,7 +252,7 @@ class CatchUpService:
         self, session: AsyncSession, user_id: int, after: int, account_version: int, *, holds_chats: bool
     ) -> AsyncIterator[CatchUpEvent]:
         """What only this user sees and that changed after an account version. A client without chats gets them all
-        as `reset`, which tells the rest; it needs only its blocks."""
+        as `reset`, which tells the rest; it needs only what belongs to no chat."""
         for pair in await accounts_repository.list_changed_blocks(session, user_id, after=after):
             yield {
                 "type": "block_changed",
@@ -272,6 +283,27 @@ class CatchUpService:
                     "message_id": hidden.message_id,
                     "seq": hidden.seq,
                 }
+            for settings in await chat_settings_repository.list_changed_chat_settings(session, user_id, after=after):
+                yield {
+                    "type": "chat_settings_changed",
+                    "account_version": settings.account_version,
+                    "chat_id": settings.chat_id,
+                    "settings": chat_settings_view(settings),
+                }
+            for draft in await drafts_repository.list_changed_drafts(session, user_id, after=after):
+                yield {
+                    "type": "draft_changed",
+                    "account_version": draft.account_version,
+                    "chat_id": draft.chat_id,
+                    "draft": draft_view(draft),
+                }
+        own = await user_settings_repository.find_user_settings(session, user_id)
+        if own.account_version > after:
+            yield {
+                "type": "user_settings_changed",
+                "account_version": own.account_version,
+                "settings": user_settings_view(own),
+            }
         profile_version = await accounts_repository.profile_version(session, user_id)
         yield {
             "type": "profile_changed",

@@ -3,13 +3,33 @@
 from __future__ import annotations
 
 import json
+from datetime import datetime
 from typing import cast
 
 from app.core.clock import timestamp
 from app.db.events import ChatInfo
 from app.db.repositories.chat_log import ChatRow, FileRow, MemberRow, MessageRow
+from app.db.repositories.chat_settings import ChatSettingsRow
 from app.db.repositories.chats import ChatListRow
-from app.db.schemas import Attachment, Chat, ChatType, FileKind, Member, Message, MessageType, Role, Service
+from app.db.repositories.drafts import DraftRow
+from app.db.schemas import (
+    Attachment,
+    Chat,
+    ChatSettings,
+    ChatType,
+    Draft,
+    FileKind,
+    Member,
+    Message,
+    MessageType,
+    Role,
+    Service,
+)
+
+FOR_EVER = datetime(9999, 12, 31, 23, 59, 59)  # noqa: DTZ001 - naive UTC, as the database has it
+"""The end of a mute that has none; the last whole second that MySQL holds."""
+NOT_MUTED = timestamp(datetime(1970, 1, 1))  # noqa: DTZ001
+"""Not null, so that clients need one rule: muted while `muted_until` lies ahead."""
 
 
 def message_view(row: MessageRow, *, hidden: bool = False) -> Message:
@@ -107,4 +127,28 @@ def chat_view(row: ChatListRow) -> Chat:
         "peer_read_seq": row.peer_read_seq or 0,
         "peer_delivered_seq": row.peer_delivered_seq or 0,
         "last_message": message_view(last, hidden=bool(row.last_message_hidden)) if last else None,
+        "settings": chat_settings_view(row.settings),
+        "draft": draft_view(row.draft),
+    }
+
+
+def chat_settings_view(row: ChatSettingsRow) -> ChatSettings:
+    """What a member has set for a chat."""
+    return {
+        "muted_until": timestamp(row.muted_until) if row.muted_until else NOT_MUTED,
+        "pinned": row.pin_order > 0,
+        "pin_order": row.pin_order,
+        "archived": row.archived,
+        "marked_unread": row.marked_unread,
+        "account_version": row.account_version,
+    }
+
+
+def draft_view(row: DraftRow) -> Draft:
+    """What a member has begun to write in a chat."""
+    return {
+        "content": row.content,
+        "reply_to": row.reply_to_id,
+        "updated_at": timestamp(row.updated_at) if row.updated_at else None,
+        "account_version": row.account_version,
     }
