@@ -14,7 +14,7 @@ from app import __version__
 from app.api import problems, webhooks
 from app.api.graceful_stop import graceful_stop
 from app.api.middleware import middleware
-from app.api.v1 import auth, chats, health, messages, socket, users
+from app.api.v1 import auth, chats, health, messages, push, socket, users
 from app.core.clock import Clock
 from app.core.config import Settings, get_settings
 from app.core.errors import StartupError
@@ -50,7 +50,7 @@ def create_app(settings: Settings | None = None, clock: Clock | None = None) -> 
     )
     app.state.services = services
     problems.install(app)
-    for module in (auth, users, chats, messages, socket):
+    for module in (auth, users, chats, messages, push, socket):
         app.include_router(module.router, prefix="/api/v1", responses=problems.problems(413, 422, 429, 503))
     app.include_router(health.router)
     app.add_api_route("/", root_of(settings), include_in_schema=False)

@@ -21,12 +21,14 @@ from app.services.auth_service import AuthService
 from app.services.block_service import BlockService
 from app.services.chat_log.append import Appender
 from app.services.chat_log.catch_up import CatchUpService
+from app.services.chat_log.changes import Appended
 from app.services.chat_log.roster import RosterCache
 from app.services.chat_log.sequencer import Sequencer
 from app.services.chat_log.writer import Writer
 from app.services.chat_service import ChatService
 from app.services.connection_manager import ConnectionManager
 from app.services.message_service import MessageService
+from app.services.notification_service import NotificationService
 from app.services.presence_service import PresenceService
 from app.services.rate_limiter import RateLimiter
 from app.services.typing_service import TypingService
@@ -61,6 +63,7 @@ class Services:
     messages: MessageService
     typing: TypingService
     presence: PresenceService
+    notifications: NotificationService
 
     async def start(self) -> None:
         """Take the database into use and begin work. Raises StartupError with a sentence for the operator."""
@@ -72,6 +75,7 @@ class Services:
         self.connections.spawn(self._warm_usernames(), "warm-usernames")
         self.sequencer.start()
         self.writer.start()
+        self.notifications.start()
 
     async def drain(self) -> None:
         """Before a stop: answer what was taken, close every socket with 1012.
@@ -83,6 +87,7 @@ class Services:
     async def stop(self) -> None:
         """Finish what was begun and give everything back; also after a start that failed half-way."""
         await self.writer.stop()
+        await self.notifications.stop()
         await self.presence.flush()
         await self.connections.stop()
         await self.sequencer.stop()
@@ -112,7 +117,7 @@ class Services:
 
 
 def build_services(settings: Settings, clock: Clock | None = None) -> Services:
-    """All parts, wired and not started."""
+    """All parts, wired and not started. Raises StartupError when the settings name what cannot be used."""
     clock = clock or SystemClock()
     database = Database(settings)
     ids = IdAllocator(_lease(database))
@@ -120,9 +125,18 @@ def build_services(settings: Settings, clock: Clock | None = None) -> Services:
     appender = Appender(rosters, clock, receipts_members_max=settings.receipts_members_max)
     connections = ConnectionManager(settings=settings, clock=clock, database=database)
     sequencer = Sequencer(settings=settings, clock=clock, database=database, rosters=rosters, connections=connections)
-    unit_of_work = UnitOfWorkFactory(database, appender, ids, sequencer.announce)
-    writer = Writer(
-        settings=settings, clock=clock, database=database, appender=appender, ids=ids, announce=sequencer.announce
+
+    def announce(appended: Appended) -> None:
+        try:
+            sequencer.announce(appended)
+        finally:
+            if notifications.enabled:
+                notifications.hint(appended)
+
+    unit_of_work = UnitOfWorkFactory(database, appender, ids, announce)
+    writer = Writer(settings=settings, clock=clock, database=database, appender=appender, ids=ids, announce=announce)
+    notifications = NotificationService(
+        settings=settings, clock=clock, database=database, unit_of_work=unit_of_work, connections=connections
     )
     catch_up = CatchUpService(settings=settings, database=database, connections=connections)
     connections.chat_events = catch_up.chat
@@ -171,6 +185,7 @@ def build_services(settings: Settings, clock: Clock | None = None) -> Services:
         ),
         typing=TypingService(database=database, rosters=rosters, connections=connections),
         presence=presence,
+        notifications=notifications,
     )
     services.auth.on_session_ended.append(connections.close_session)
     services.blocks.on_blocked.append(presence.separate)

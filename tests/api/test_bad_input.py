@@ -109,6 +109,8 @@ ROUTES: dict[str, Route] = {
     f"GET {API}/users/{{user_id}}": Route(),
     f"POST {API}/users/block/{{user_id}}": Route(),
     f"DELETE {API}/users/block/{{user_id}}": Route(),
+    f"PUT {API}/push/device": Route(body=lambda _scene: {"kind": "token", "token": "a-device"}),
+    f"DELETE {API}/push/device": Route(),
     f"GET {API}/chats": Route(),
     f"POST {API}/chats/personal": Route(body=lambda scene: {"user_id": scene.bystander.id}),
     f"POST {API}/chats/saved": Route(),

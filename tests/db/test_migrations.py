@@ -45,11 +45,18 @@ def describe(connection: Connection) -> dict[str, str]:
     """The same, on a connection at hand."""
     if connection.dialect.name == "sqlite":
         rows = connection.execute(text("SELECT name, sql FROM sqlite_master WHERE sql IS NOT NULL"))
-        return {name: re.sub(r"\s+", " ", sql) for name, sql in rows if name != "alembic_version"}
+        return {name: _sorted_parts(sql) for name, sql in rows if name != "alembic_version"}
     names = [name for name in inspect(connection).get_table_names() if name != "alembic_version"]
     created = {name: connection.execute(text(f"SHOW CREATE TABLE `{name}`")).one()[1] for name in names}
     # Keys come in the order of their making, which means nothing.
     return {name: "\n".join(sorted(line.strip(" ,") for line in sql.splitlines())) for name, sql in created.items()}
+
+
+def _sorted_parts(sql: str) -> str:
+    """A statement with its parts sorted: a column that was added later stands behind the constraints."""
+    head, _, body = re.sub(r"\s+", " ", sql).partition("(")
+    parts = re.split(r",(?![^()]*\))", body.rpartition(")")[0])
+    return "\n".join([head.strip(), *sorted(part.strip() for part in parts)])
 
 
 def first_rows(engine: Engine) -> tuple[str, list[tuple[str, int]]]:
