@@ -96,7 +96,7 @@ async def check(settings: Settings) -> None:
     print(f"settings: ok ({settings.environment})")
     firebase = open_firebase(settings)
     if firebase is not None:
-        firebase.close()
+        await firebase.close()
     print(f"push: {'off' if firebase is None else 'ok (the service account is read; Firebase was not asked)'}")
     database = Database(settings)
     try:

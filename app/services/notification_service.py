@@ -157,7 +157,7 @@ class NotificationService:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         if self._firebase is not None:
-            self._firebase.close()
+            await self._firebase.close()
 
     # --- devices ---
 
