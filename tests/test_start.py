@@ -10,6 +10,7 @@ import stat
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import httpx
 import pytest
@@ -138,6 +139,21 @@ def test_a_mysql_that_does_not_answer_is_one_sentence(door: Door, clone: Path, d
     assert "Hollow-mountain-77" not in output
 
 
+@pytest.mark.parametrize("door", [*DOORS, "check"])
+@pytest.mark.parametrize("content", [None, "{", "[]", "{}", '{"type": "service_account"}'])
+def test_a_service_account_that_cannot_be_used_is_one_sentence(
+    content: str | None, door: Door | Literal["check"], clone: Path, clone_env: dict[str, str]
+) -> None:
+    path = clone / "account.json"
+    if content is not None:
+        path.write_text(content)
+    command = [sys.executable, "-m", "app", "check"] if door == "check" else COMMANDS[door]
+    done = run(command, cwd=clone, env={**clone_env, "FIREBASE_CREDENTIALS_PATH": str(path)})
+    assert done.returncode != 0
+    pattern = r"The Firebase service account \S+/account.json \(FIREBASE_CREDENTIALS_PATH\) cannot be used \("
+    assert_one_sentence(done.stdout + done.stderr, pattern)
+
+
 @pytest.mark.parametrize("command", [MIGRATE, [sys.executable, "-m", "app", "migrate"]])
 def test_migrating_a_mysql_that_does_not_answer_is_one_sentence(
     command: list[str], clone: Path, dead_mysql: Settings
@@ -255,3 +271,8 @@ async def test_a_signal_stops_it_soon(door: Door, number: int, settings: Setting
     async with httpx.AsyncClient() as client:
         with pytest.raises(httpx.ConnectError):
             await client.get(server.url)
+
+
+def test_without_a_service_account_the_server_says_once_that_push_is_off(server: Server) -> None:
+    server.stop()
+    assert len(re.findall("push_is_off", server.log)) == 1

@@ -170,6 +170,24 @@ def _columns(connection: Connection) -> dict[str, str]:
     return {f"{table}.{column}": f"{kind} {collation or ''}".strip() for table, column, kind, collation in rows}
 
 
+def test_push_starts_at_the_end_of_chats_that_are_there_already(settings: Settings, engine: Engine) -> None:
+    migrate(settings, "base")
+    migrate(settings, "0023")
+    with engine.begin() as connection:
+        connection.execute(
+            text(
+                "INSERT INTO chats (id, type, title, description, history_visible, created_by, created_at, last_seq,"
+                " version, members_version, info_version, member_count, last_activity_at, changed_at)"
+                " VALUES (1, 'group', '', '', 1, 1, '2026-01-01 00:00:00', 77, 80, 1, 1, 1, '2026-01-01 00:00:00',"
+                " '2026-01-01 00:00:00')"
+            )
+        )
+    migrate(settings)
+    with engine.begin() as connection:
+        assert connection.execute(text("SELECT pushed_seq FROM chats")).scalar_one() == 77
+        connection.execute(text("DELETE FROM chats"))
+
+
 def test_usernames_compare_without_case_and_phones_exactly(engine: Engine) -> None:
     with engine.connect() as connection:
         connection.execute(
