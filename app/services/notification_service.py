@@ -235,9 +235,10 @@ class NotificationService:
     async def _search(self) -> None:
         """Find chats that lag behind: after a start what a crash left, later what no hint told of."""
         seconds = BACKLOG_SECONDS if self._behind else SEARCH_WINDOW_SECONDS
+        self._behind = False
         async with self._database.reading() as session:
             found = await repository.list_unpushed(session, seconds=seconds, limit=SEARCH_LIMIT)
-        self._behind = len(found) == SEARCH_LIMIT
+        self._behind |= len(found) == SEARCH_LIMIT
         for chat_id, last_seq in found:
             chat = self._chats.get(chat_id)
             if chat is None or chat.seen < last_seq:
@@ -274,7 +275,8 @@ class NotificationService:
             raise
         if chat is None:
             slots = asyncio.Semaphore(max(1, self._settings.push_threads // 2))  # the rest is for other chats
-            chat = self._chats[chat_id] = _Chat(chat_id, personal, row.pushed_seq, after, slots)
+            chat = _Chat(chat_id, personal, row.pushed_seq, after, slots)
+        self._chats[chat_id] = chat  # it may have been idle, and forgotten, while this was read
         chat.looked_at = now
         chat.seen = row.last_seq
         for target in targets:
@@ -297,6 +299,7 @@ class NotificationService:
         job.due, job.wanted = asyncio.get_running_loop().time(), job.seq
         if job.session_id in self._connections.live_sessions(job.user_id):
             job.due += self._settings.push_grace_seconds
+        job.begun = job.due
 
     def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(coroutine, name="push-device")
@@ -320,7 +323,7 @@ class NotificationService:
                 elif job.seq == job.trying:
                     return
                 else:  # more was said while that was under way
-                    job.first, job.begun, job.tries = job.trying + 1, loop.time(), 0
+                    job.first, job.tries = job.trying + 1, 0
                     self._give_grace(job)
         except Exception:
             log.exception("push_failed")
