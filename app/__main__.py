@@ -18,6 +18,7 @@ from app.api.websocket_protocol import DialectWebSocketProtocol
 from app.core.config import Settings, get_settings
 from app.core.errors import StartupError
 from app.db.database import Database, migrate
+from app.services.notification_service import open_firebase
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -93,6 +94,10 @@ def serve(settings: Settings, host: str, port: int) -> None:
 async def check(settings: Settings) -> None:
     """Say what would keep the server from starting. Raises StartupError at the first such thing."""
     print(f"settings: ok ({settings.environment})")
+    firebase = open_firebase(settings)
+    if firebase is not None:
+        await firebase.close()
+    print(f"push: {'off' if firebase is None else 'ok (the service account is read; Firebase was not asked)'}")
     database = Database(settings)
     try:
         await database.start()

@@ -23,6 +23,7 @@ from app.api.v1 import (
     files,
     health,
     messages,
+    push,
     socket,
     user_settings,
     users,
@@ -63,7 +64,7 @@ def create_app(settings: Settings | None = None, clock: Clock | None = None) -> 
     app.state.services = services
     problems.install(app)
     for module in (
-        auth, users, user_settings, chats, chat_settings, drafts, messages, files, avatars, socket,
+        auth, users, user_settings, chats, chat_settings, drafts, messages, files, avatars, push, socket,
     ):  # fmt: skip
         app.include_router(module.router, prefix="/api/v1", responses=problems.problems(413, 422, 429, 503))
     app.include_router(health.router)

@@ -10,6 +10,7 @@ import stat
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import httpx
 import pytest
@@ -92,9 +93,7 @@ def test_the_example_of_the_settings_changes_nothing_and_names_what_the_brief_na
     before = run(show, cwd=clone, env=clone_env)
     shutil.copy(clone / ".env.example", clone / ".env")
     after = run(show, cwd=clone, env=clone_env)
-    # The push service's file is named and need not exist.
-    unset, named = "'firebase_credentials_path': None", "PosixPath('serviceAccountKey.json')"
-    assert after.stdout.replace(f"'firebase_credentials_path': {named}", unset) == before.stdout
+    assert after.stdout == before.stdout
     names = re.findall(r"^#? ?([A-Z_]+)=", (clone / ".env.example").read_text(), re.MULTILINE)
     assert names == [
         *("DB_USER", "DB_PASSWORD", "DB_HOST", "DB_PORT", "DB_NAME"),
@@ -138,6 +137,21 @@ def test_a_mysql_that_does_not_answer_is_one_sentence(door: Door, clone: Path, d
     output = done.stdout + done.stderr
     assert_one_sentence(output, r"MySQL at 127.0.0.1:\d+ cannot be used .* check the DB_\* settings")
     assert "Hollow-mountain-77" not in output
+
+
+@pytest.mark.parametrize("door", [*DOORS, "check"])
+@pytest.mark.parametrize("content", [None, "{", "[]", "{}", '{"type": "service_account"}'])
+def test_a_service_account_that_cannot_be_used_is_one_sentence(
+    content: str | None, door: Door | Literal["check"], clone: Path, clone_env: dict[str, str]
+) -> None:
+    path = clone / "account.json"
+    if content is not None:
+        path.write_text(content)
+    command = [sys.executable, "-m", "app", "check"] if door == "check" else COMMANDS[door]
+    done = run(command, cwd=clone, env={**clone_env, "FIREBASE_CREDENTIALS_PATH": str(path)})
+    assert done.returncode != 0
+    pattern = r"The Firebase service account \S+/account.json \(FIREBASE_CREDENTIALS_PATH\) cannot be used \("
+    assert_one_sentence(done.stdout + done.stderr, pattern)
 
 
 @pytest.mark.parametrize("command", [MIGRATE, [sys.executable, "-m", "app", "migrate"]])
@@ -257,3 +271,8 @@ async def test_a_signal_stops_it_soon(door: Door, number: int, settings: Setting
     async with httpx.AsyncClient() as client:
         with pytest.raises(httpx.ConnectError):
             await client.get(server.url)
+
+
+def test_without_a_service_account_the_server_says_once_that_push_is_off(server: Server) -> None:
+    server.stop()
+    assert len(re.findall("push_is_off", server.log)) == 1

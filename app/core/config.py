@@ -54,8 +54,18 @@ class Settings(BaseSettings):
     )
     socket_ticket_seconds: float = Field(30, gt=0, le=300, description="Life of a one-use socket ticket.")
 
-    # Firebase: read by the push service.
-    firebase_credentials_path: Path | None = Field(None, description="Service account of Firebase, for push.")
+    # Push
+    firebase_credentials_path: Path | None = Field(
+        None, description="The service account of Firebase (a JSON file); without it, push is off."
+    )
+    push_grace_seconds: float = Field(
+        5.0, ge=0, description="A device with an open socket may take so long to mark a message delivered; then: push."
+    )
+    push_timeout_seconds: float = Field(10.0, gt=0, description="Firebase that is silent for so long has failed.")
+    push_give_up_seconds: float = Field(
+        300.0, gt=0, description="A push that Firebase has not taken by then is given up."
+    )
+    push_threads: int = Field(8, ge=1, le=64, description="Pushes under way to Firebase at once.")
 
     # Files
     upload_path: Path = Field(Path("uploads"), description="Where files are kept, and where they come in.")

@@ -21,6 +21,7 @@ from sqlalchemy import (
     String,
     Text,
     UniqueConstraint,
+    text,
 )
 from sqlalchemy.dialects import mysql
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
@@ -170,6 +171,20 @@ class RefreshToken(Base):
     used_at: Mapped[datetime | None] = mapped_column(MICROSECONDS)
 
 
+class PushDevice(Base):
+    """Where Firebase reaches a session's device. A token stands once: it belongs to who registered it last."""
+
+    __tablename__ = "push_devices"
+    __table_args__ = (UniqueConstraint("token"), Index("ix_push_devices_user_id", "user_id"), OPTIONS)
+
+    session_id: Mapped[int] = mapped_column(ID, primary_key=True, autoincrement=False)
+    user_id: Mapped[int] = mapped_column(ID)
+    kind: Mapped[str] = mapped_column(ascii_binary(8))
+    token: Mapped[str] = mapped_column(ascii_binary(1024))
+    updated_at: Mapped[datetime] = mapped_column(MICROSECONDS)
+    """Moves with every registration; whoever deletes a dead token deletes no fresh one."""
+
+
 class Chat(Base):
     """The counters of a chat's log, and what its members see of it."""
 
@@ -194,6 +209,8 @@ class Chat(Base):
     last_activity_at: Mapped[datetime] = mapped_column(MICROSECONDS)
     changed_at: Mapped[datetime] = mapped_column(MICROSECONDS)
     """Database clock; the sweep looks for changes by it."""
+    pushed_seq: Mapped[int] = mapped_column(ID, default=0, server_default=text("0"))
+    """Up to here every message has been pushed, or needed no push."""
 
 
 class ChatMember(Base):

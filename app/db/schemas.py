@@ -249,6 +249,16 @@ class RefreshIn(In):
     refresh_token: Annotated[Text, Field(min_length=1, max_length=256)]
 
 
+class PushDeviceIn(In):
+    """Where Firebase reaches this device."""
+
+    kind: Literal["token", "fid"] = Field(
+        description="What `token` is: a registration token (`FirebaseMessaging.getToken`), or the id of a Firebase "
+        "installation (`FirebaseInstallations.getId`)."
+    )
+    token: Annotated[str, Field(min_length=1, max_length=1024, pattern=r"^[!-~]+$", examples=["bk3RNwTe3H0:CI2k_HHw"])]
+
+
 class Tokens(TypedDict):
     """What a device keeps: a short-lived access token and a refresh token that works once."""
 

@@ -28,6 +28,7 @@ from app.core.passwords import check_password, prepare_password
 from app.core.phone import parse_phone
 from app.core.security import AccessTokens, PasswordHasher
 from app.db.database import Database
+from app.db.repositories import push as push_repository
 from app.db.repositories import sessions as session_repository
 from app.db.repositories import users as user_repository
 from app.db.repositories.sessions import SessionRow
@@ -174,7 +175,8 @@ class AuthService:
                 raise _invalid_credentials()
             if new_hash is not None:
                 await user_repository.update_password(uow.session, user_id, new_hash)
-            await session_repository.prune_sessions(uow.session, user_id, self._now())
+            if pruned := await session_repository.prune_sessions(uow.session, user_id, self._now()):
+                await push_repository.delete_devices(uow.session, pruned)
             await self._make_room(uow, user_id)
             refresh_token = await self._insert_session(uow, session)
         return self._tokens(user_id, session_id, refresh_token)
@@ -411,6 +413,7 @@ class AuthService:
 
     async def _end(self, uow: UnitOfWork, session_ids: list[int], reason: str) -> None:
         await session_repository.end_sessions(uow.session, session_ids, self._now(), reason)
+        await push_repository.delete_devices(uow.session, session_ids)
         uow.after_commit(lambda: self._forget(session_ids))
         for session_id in session_ids:
             for callback in self.on_session_ended:

@@ -446,6 +446,13 @@ class ConnectionManager:
         """Whether the user has an open socket."""
         return user_id in self.users
 
+    def live_sessions(self, user_id: int) -> set[int]:
+        """The user's sessions that have an open socket here."""
+        user = self.users.get(user_id)
+        if user is None:
+            return set()
+        return {connection.session_id for connection in user.connections if not connection.closing}
+
     @property
     def count(self) -> int:
         """Open sockets."""

@@ -22,6 +22,7 @@ from app.services.avatar_service import AvatarService
 from app.services.block_service import BlockService
 from app.services.chat_log.append import Appender
 from app.services.chat_log.catch_up import CatchUpService
+from app.services.chat_log.changes import Appended
 from app.services.chat_log.roster import RosterCache
 from app.services.chat_log.sequencer import Sequencer
 from app.services.chat_log.writer import Writer
@@ -32,6 +33,7 @@ from app.services.draft_service import DraftService
 from app.services.file_service import FileService
 from app.services.image_service import ImageService
 from app.services.message_service import MessageService
+from app.services.notification_service import NotificationService
 from app.services.presence_service import PresenceService
 from app.services.rate_limiter import RateLimiter
 from app.services.storage import open_storage
@@ -73,6 +75,7 @@ class Services:
     avatars: AvatarService
     typing: TypingService
     presence: PresenceService
+    notifications: NotificationService
 
     async def start(self) -> None:
         """Take the database into use and begin work. Raises StartupError with a sentence for the operator."""
@@ -85,6 +88,7 @@ class Services:
         self.files.start()
         self.sequencer.start()
         self.writer.start()
+        self.notifications.start()
 
     async def drain(self) -> None:
         """Before a stop: answer what was taken, close every socket with 1012.
@@ -97,6 +101,7 @@ class Services:
         """Finish what was begun and give everything back; also after a start that failed half-way."""
         await self.writer.stop()
         await self.files.stop()
+        await self.notifications.stop()
         await self.presence.flush()
         await self.connections.stop()
         await self.sequencer.stop()
@@ -126,7 +131,7 @@ class Services:
 
 
 def build_services(settings: Settings, clock: Clock | None = None) -> Services:
-    """All parts, wired and not started."""
+    """All parts, wired and not started. Raises StartupError when the settings name what cannot be used."""
     clock = clock or SystemClock()
     database = Database(settings)
     ids = IdAllocator(_lease(database))
@@ -134,9 +139,18 @@ def build_services(settings: Settings, clock: Clock | None = None) -> Services:
     appender = Appender(rosters, clock, receipts_members_max=settings.receipts_members_max)
     connections = ConnectionManager(settings=settings, clock=clock, database=database)
     sequencer = Sequencer(settings=settings, clock=clock, database=database, rosters=rosters, connections=connections)
-    unit_of_work = UnitOfWorkFactory(database, appender, ids, sequencer.announce)
-    writer = Writer(
-        settings=settings, clock=clock, database=database, appender=appender, ids=ids, announce=sequencer.announce
+
+    def announce(appended: Appended) -> None:
+        try:
+            sequencer.announce(appended)
+        finally:
+            if notifications.enabled:
+                notifications.hint(appended)
+
+    unit_of_work = UnitOfWorkFactory(database, appender, ids, announce)
+    writer = Writer(settings=settings, clock=clock, database=database, appender=appender, ids=ids, announce=announce)
+    notifications = NotificationService(
+        settings=settings, clock=clock, database=database, unit_of_work=unit_of_work, connections=connections
     )
     catch_up = CatchUpService(settings=settings, database=database, connections=connections)
     connections.chat_events = catch_up.chat
@@ -207,6 +221,7 @@ def build_services(settings: Settings, clock: Clock | None = None) -> Services:
         ),
         typing=TypingService(database=database, rosters=rosters, connections=connections),
         presence=presence,
+        notifications=notifications,
     )
     services.auth.on_session_ended.append(connections.close_session)
     services.blocks.on_blocked.append(presence.separate)

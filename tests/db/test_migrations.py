@@ -45,8 +45,7 @@ def describe(connection: Connection) -> dict[str, str]:
     """The same, on a connection at hand."""
     if connection.dialect.name == "sqlite":
         rows = connection.execute(text("SELECT name, sql FROM sqlite_master WHERE sql IS NOT NULL"))
-        # Columns that came later stand behind the constraints, which means nothing either.
-        return {name: _sorted_parts(re.sub(r"\s+", " ", sql)) for name, sql in rows if name != "alembic_version"}
+        return {name: _sorted_parts(sql) for name, sql in rows if name != "alembic_version"}
     names = [name for name in inspect(connection).get_table_names() if name != "alembic_version"]
     created = {name: connection.execute(text(f"SHOW CREATE TABLE `{name}`")).one()[1] for name in names}
     # Keys come in the order of their making, which means nothing.
@@ -54,9 +53,10 @@ def describe(connection: Connection) -> dict[str, str]:
 
 
 def _sorted_parts(sql: str) -> str:
-    """The columns and constraints of a CREATE statement, in an order of ours."""
-    head, _, body = sql.partition("(")
-    return head + ", ".join(sorted(part.strip() for part in re.split(r",(?![^(]*\))", body.rstrip(" )") + " ")))
+    """A statement with its parts sorted: a column that was added later stands behind the constraints."""
+    head, _, body = re.sub(r"\s+", " ", sql).partition("(")
+    parts = re.split(r",(?![^()]*\))", body.rpartition(")")[0])
+    return "\n".join([head.strip(), *sorted(part.strip() for part in parts)])
 
 
 def first_rows(engine: Engine) -> tuple[str, list[tuple[str, int]]]:
@@ -168,6 +168,24 @@ def _columns(connection: Connection) -> dict[str, str]:
         )
     )
     return {f"{table}.{column}": f"{kind} {collation or ''}".strip() for table, column, kind, collation in rows}
+
+
+def test_push_starts_at_the_end_of_chats_that_are_there_already(settings: Settings, engine: Engine) -> None:
+    migrate(settings, "base")
+    migrate(settings, "0023")
+    with engine.begin() as connection:
+        connection.execute(
+            text(
+                "INSERT INTO chats (id, type, title, description, history_visible, created_by, created_at, last_seq,"
+                " version, members_version, info_version, member_count, last_activity_at, changed_at)"
+                " VALUES (1, 'group', '', '', 1, 1, '2026-01-01 00:00:00', 77, 80, 1, 1, 1, '2026-01-01 00:00:00',"
+                " '2026-01-01 00:00:00')"
+            )
+        )
+    migrate(settings)
+    with engine.begin() as connection:
+        assert connection.execute(text("SELECT pushed_seq FROM chats")).scalar_one() == 77
+        connection.execute(text("DELETE FROM chats"))
 
 
 def test_usernames_compare_without_case_and_phones_exactly(engine: Engine) -> None:

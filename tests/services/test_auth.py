@@ -783,6 +783,8 @@ async def test_one_device_holds_few_tickets_and_takes_nobody_elses_place(
         ("DELETE", "/auth/sessions"),
         ("DELETE", "/auth/sessions/1"),
         ("POST", "/auth/password"),
+        ("PUT", "/push/device"),
+        ("DELETE", "/push/device"),
     ],
 )
 async def test_without_a_token_nothing_is_told(client: httpx.AsyncClient, method: str, path: str) -> None:

@@ -195,9 +195,9 @@ def _now(executor: Executor, *, seconds_ago: int = 0) -> str:
     return f"strftime('%Y-%m-%d %H:%M:%f000', 'now', '-{seconds_ago:d} seconds')"
 
 
-def database_now(executor: Executor) -> ColumnElement[datetime]:
+def database_now(executor: Executor, *, seconds_ago: int = 0) -> ColumnElement[datetime]:
     """SQL for the database's own clock, UTC, six digits."""
-    return literal_column(_now(executor))
+    return literal_column(_now(executor, seconds_ago=seconds_ago))
 
 
 Value = int | str | bytes | datetime | None

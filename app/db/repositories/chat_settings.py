@@ -5,15 +5,13 @@ Rows are written under their user's lock (`accounts.lock_account`, or numbering 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from datetime import datetime
 from typing import NamedTuple, cast
 
-from sqlalchemy import Table, func, insert, or_, select, update
+from sqlalchemy import Table, func, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.db.models import Chat, ChatSettings, UserSettings
-from app.db.repositories.keys import key_conditions
 
 CHAT = cast(Table, Chat.__table__)
 SETTINGS = cast(Table, ChatSettings.__table__)
@@ -67,30 +65,3 @@ async def list_changed_chat_settings(session: AsyncSession, user_id: int, *, aft
         .order_by(SETTINGS.c.account_version)
     )
     return [ChatSettingsRow(*row) for row in result]
-
-
-async def list_muted(
-    session: AsyncSession, keys: Sequence[tuple[int, int]], now: datetime
-) -> frozenset[tuple[int, int]]:
-    """Which of these (chat_id, user_id) are not to be notified at a moment: they muted the chat, or all of its kind."""
-    muted: set[tuple[int, int]] = set()
-    for condition in key_conditions(SETTINGS.c.chat_id, SETTINGS.c.user_id, keys):
-        by_chat = select(SETTINGS.c.chat_id, SETTINGS.c.user_id).where(condition, SETTINGS.c.muted_until > now)
-        muted.update((row[0], row[1]) for row in await session.execute(by_chat))
-    chat_ids, user_ids = {key[0] for key in keys}, {key[1] for key in keys}
-    if not keys:
-        return frozenset()
-    off = or_(~USER_SETTINGS.c.notify_personal, ~USER_SETTINGS.c.notify_groups)
-    quiet = select(USER_SETTINGS.c.user_id, USER_SETTINGS.c.notify_personal, USER_SETTINGS.c.notify_groups).where(
-        USER_SETTINGS.c.user_id.in_(user_ids), off
-    )
-    wants = {row[0]: {"personal": row[1], "group": row[2]} for row in await session.execute(quiet)}
-    if wants:
-        result = await session.execute(select(CHAT.c.id, CHAT.c.type).where(CHAT.c.id.in_(chat_ids)))
-        types: dict[int, str] = {row[0]: row[1] for row in result}
-        muted.update(
-            (chat_id, user_id)
-            for chat_id, user_id in keys
-            if not wants.get(user_id, {}).get(types.get(chat_id, ""), True)
-        )
-    return frozenset(muted)

@@ -88,6 +88,7 @@ async def insert_chat(
             member_count=0,
             last_activity_at=now,
             changed_at=database_now(session),
+            pushed_seq=0,
         )
     )
 

@@ -127,14 +127,18 @@ async def rotate_token(
     await session.execute(delete(TOKEN).where(TOKEN.c.session_id == row.id, TOKEN.c.used_at < forget_before))
 
 
-async def prune_sessions(session: AsyncSession, user_id: int, before: datetime) -> None:
-    """Delete the sessions of a user that expired before a moment, with their tokens. The user is locked."""
+async def prune_sessions(session: AsyncSession, user_id: int, before: datetime) -> list[int]:
+    """Delete the sessions of a user that expired before a moment, with their tokens. The user is locked.
+
+    Returns their ids.
+    """
     result = await session.execute(
         select(SESSION.c.id).where(SESSION.c.user_id == user_id, SESSION.c.expires_at < before)
     )
     if session_ids := list(result.scalars()):
         await session.execute(delete(SESSION).where(SESSION.c.id.in_(session_ids)))
         await session.execute(delete(TOKEN).where(TOKEN.c.session_id.in_(session_ids)))
+    return session_ids
 
 
 async def list_ended(session: AsyncSession, session_ids: Sequence[int]) -> set[int]:

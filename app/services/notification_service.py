@@ -1,0 +1,445 @@
+"""Push: tells Firebase of messages that reach nobody's open socket, without a word of what they say.
+
+Push follows the log of each chat by `chats.pushed_seq`. What comes after it is looked at, told to the devices that
+need to hear it, and only then is the cursor moved: a crash in between repeats a push, which replaces the first by its
+collapse key, and loses none. Nothing here is waited for by anybody: a send leaves the id of its chat, and no more.
+
+A device that fails is tried again by itself while the chat goes on; what is said meanwhile joins its next try. The
+cursor stays before the first message that some device has not been told of.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import random
+from collections.abc import Coroutine
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+from app.core.clock import Clock
+from app.core.config import Settings
+from app.core.errors import Unauthenticated, Unavailable
+from app.db.database import Database
+from app.db.repositories import push as repository
+from app.db.repositories import sessions as session_repository
+from app.db.repositories.push import DeviceRow, Target, UnpushedMessage
+from app.db.schemas import PushDeviceIn
+from app.services.auth_service import Caller
+from app.services.chat_log.changes import Appended
+from app.services.connection_manager import ConnectionManager
+from app.services.firebase import Firebase, Push
+from app.services.unit_of_work import UnitOfWorkFactory
+
+log = logging.getLogger(__name__)
+
+SEARCH_SECONDS = 5.0
+"""Between searches for chats that nobody gave a hint of."""
+SEARCH_WINDOW_SECONDS = 60
+BACKLOG_SECONDS = 24 * 3600
+"""After a start or an outage, what is older is not pushed any more."""
+SEARCH_LIMIT = 1000
+LOOK_PAUSE_SECONDS = 0.5
+"""A busy chat is not looked at more often."""
+STORE_SECONDS = 1.0
+STORE_BATCH = 200
+"""Cursors moved by one transaction, which for a moment holds the rows that the writer wants."""
+HINTS_MAX = 50_000
+JOBS_MAX = 20_000
+"""Devices being told; beyond, chats wait, and their cursors in the database remember them."""
+NEWEST_MAX = 200
+UNREAD_MAX = 999
+TRIES_MAX = 8
+BACKOFF_SECONDS = 1.0
+BACKOFF_MAX_SECONDS = 60.0
+REGISTER_TRIES = 3
+
+
+@dataclass(slots=True, eq=False)
+class _Job:
+    """A device that is to hear of a chat."""
+
+    session_id: int
+    user_id: int
+    first: int
+    """The first message that it has not been told of."""
+    seq: int
+    """The newest."""
+    due: float
+    wanted: int
+    """With an open socket it has until `due` to mark this one delivered by itself."""
+    begun: float
+    tries: int = 0
+    trying: int = 0
+    """The newest when the last try began."""
+
+
+@dataclass(slots=True, eq=False)
+class _Chat:
+    """A chat that push is busy with."""
+
+    id: int
+    personal: bool
+    stored: int
+    """The cursor in the database."""
+    seen: int
+    """Up to here every message has been looked at."""
+    slots: asyncio.Semaphore
+    looked_at: float = 0.0
+    jobs: dict[int, _Job] = field(default_factory=dict)
+
+    @property
+    def done(self) -> int:
+        """Up to here nobody has to be told any more."""
+        return min((job.first - 1 for job in self.jobs.values()), default=self.seen)
+
+
+class NotificationService:
+    """Registers devices and pushes to them. One per process, and for now one process per database."""
+
+    def __init__(
+        self,
+        *,
+        settings: Settings,
+        clock: Clock,
+        database: Database,
+        unit_of_work: UnitOfWorkFactory,
+        connections: ConnectionManager,
+    ) -> None:
+        """Raises StartupError when there is a service account that cannot be used."""
+        self._settings = settings
+        self._clock = clock
+        self._database = database
+        self._unit_of_work = unit_of_work
+        self._connections = connections
+        self._firebase = open_firebase(settings)
+        self._slots = asyncio.Semaphore(settings.push_threads)
+        self._hints: dict[int, None] = {}
+        self._waiting: set[int] = set()
+        """Chats whose pause is not over."""
+        self._chats: dict[int, _Chat] = {}
+        self._jobs = 0
+        self._behind = True
+        """Whether hints may have been lost, so that the next search must reach far back."""
+        self._wake = asyncio.Event()
+        self._loops: list[asyncio.Task[None]] = []
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    @property
+    def enabled(self) -> bool:
+        """Whether there is anybody to push through."""
+        return self._firebase is not None
+
+    def start(self) -> None:
+        """Begin pushing, with what an earlier process left; without a service account say so, once."""
+        if self._firebase is None:
+            log.info("push_is_off", extra={"hint": "set FIREBASE_CREDENTIALS_PATH to push messages to phones"})
+            return
+        self._loops = [
+            asyncio.create_task(self._run(), name="push"),
+            asyncio.create_task(self._keep_storing(), name="push-cursors"),
+        ]
+
+    async def stop(self) -> None:
+        """End. What was not told yet is told after the next start: the cursors know."""
+        for task in self._loops:
+            task.cancel()
+        await asyncio.gather(*self._loops, return_exceptions=True)
+        if self._loops:
+            try:
+                await self._store()
+            except Unavailable:
+                log.info("push_cursors_not_stored")
+        self._loops = []
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._firebase is not None:
+            await self._firebase.close()
+
+    # --- devices ---
+
+    async def register_device(self, caller: Caller, body: PushDeviceIn) -> None:
+        """Push to the caller's session by this token from now on, and to no other session by it.
+
+        Raises Unauthenticated when the session has just ended, and Unavailable.
+        """
+        for tries_left in reversed(range(REGISTER_TRIES)):
+            try:
+                await self._register(caller, body)
+            except Unavailable as error:
+                if error.code != "busy" or not tries_left:
+                    raise
+            else:
+                return
+
+    async def _register(self, caller: Caller, body: PushDeviceIn) -> None:
+        now = self._now()
+        async with self._unit_of_work() as uow:
+            # Under the lock: a device registered while its session ends would outlive it.
+            row = await session_repository.lock_session(uow.session, caller.session_id)
+            if row is None or not row.is_alive(now):
+                raise Unauthenticated
+            device = DeviceRow(caller.session_id, caller.user_id, body.kind, body.token, now)
+            await repository.save_device(uow.session, device)
+
+    async def forget_device(self, caller: Caller) -> None:
+        """Push nothing to the caller's session any more."""
+        async with self._unit_of_work() as uow:
+            await repository.delete_devices(uow.session, [caller.session_id])
+
+    # --- hints ---
+
+    def hint(self, appended: Appended) -> None:
+        """Something was committed: look at the chats that got messages. Costs the sender nothing else."""
+        for announcement in appended.announcements:
+            if any(event["type"] == "new_message" for event in announcement.events):
+                self._hint(announcement.chat_id)
+
+    def _hint(self, chat_id: int) -> None:
+        if len(self._hints) >= HINTS_MAX:
+            self._behind = True
+            return
+        self._hints[chat_id] = None
+        self._wake.set()
+
+    def _hint_after_pause(self, chat_id: int) -> None:
+        self._waiting.discard(chat_id)
+        self._hint(chat_id)
+
+    async def _run(self) -> None:
+        loop = asyncio.get_running_loop()
+        next_search = 0.0
+        while True:
+            try:
+                if loop.time() >= next_search:
+                    await self._search()
+                    next_search = loop.time() + SEARCH_SECONDS
+                while self._hints and self._jobs < JOBS_MAX and loop.time() < next_search:
+                    await self._look(next(iter(self._hints)))
+            except Unavailable:
+                log.info("push_without_database")
+                self._behind = True
+                await asyncio.sleep(1)
+            except Exception:
+                log.exception("push_failed")
+                await asyncio.sleep(1)
+            self._wake.clear()
+            if not self._hints or self._jobs >= JOBS_MAX:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout_at(next_search):
+                        await self._wake.wait()
+
+    async def _search(self) -> None:
+        """Find chats that lag behind: after a start what a crash left, later what no hint told of."""
+        seconds = BACKLOG_SECONDS if self._behind else SEARCH_WINDOW_SECONDS
+        self._behind = False
+        async with self._database.reading() as session:
+            found = await repository.list_unpushed(session, seconds=seconds, limit=SEARCH_LIMIT)
+        self._behind |= len(found) == SEARCH_LIMIT
+        for chat_id, last_seq in found:
+            chat = self._chats.get(chat_id)
+            if chat is None or chat.seen < last_seq:
+                self._hint(chat_id)
+
+    # --- who is to hear of it ---
+
+    async def _look(self, chat_id: int) -> None:
+        """Read what came to a chat, and begin to tell those who need to hear it."""
+        now = asyncio.get_running_loop().time()
+        self._hints.pop(chat_id, None)
+        chat = self._chats.get(chat_id)
+        if chat is not None and now < chat.looked_at + LOOK_PAUSE_SECONDS:
+            if chat_id not in self._waiting:
+                self._waiting.add(chat_id)
+                later = chat.looked_at + LOOK_PAUSE_SECONDS
+                asyncio.get_running_loop().call_at(later, self._hint_after_pause, chat_id)
+            return
+        try:
+            async with self._database.reading() as session:
+                row = await repository.find_chat(session, chat_id)
+                if row is None:
+                    return
+                after = max(row.pushed_seq, chat.seen if chat is not None else 0)
+                if row.last_seq <= after:
+                    return
+                newest = await repository.list_newest(
+                    session, chat_id, after=after, last=row.last_seq, limit=NEWEST_MAX
+                )
+                personal = row.type == "personal"
+                targets = await repository.list_targets(session, chat_id, personal=personal, now=self._now())
+        except Unavailable:
+            self._hint(chat_id)
+            raise
+        if chat is None:
+            slots = asyncio.Semaphore(max(1, self._settings.push_threads // 2))  # the rest is for other chats
+            chat = _Chat(chat_id, personal, row.pushed_seq, after, slots)
+        self._chats[chat_id] = chat  # it may have been idle, and forgotten, while this was read
+        chat.looked_at = now
+        chat.seen = row.last_seq
+        for target in targets:
+            if seq := _newest_for(target, newest):
+                self._tell(chat, target.device, after + 1, seq)
+
+    def _tell(self, chat: _Chat, device: DeviceRow, first: int, seq: int) -> None:
+        job = chat.jobs.get(device.session_id)
+        if job is not None:
+            job.seq = seq  # its next try tells of this one, too
+            return
+        now = asyncio.get_running_loop().time()
+        job = chat.jobs[device.session_id] = _Job(device.session_id, device.user_id, first, seq, now, seq, now)
+        self._give_grace(job)
+        self._jobs += 1
+        self._spawn(self._deliver(chat, job))
+
+    def _give_grace(self, job: _Job) -> None:
+        """Let a device with an open socket mark the newest delivered before it is pushed to."""
+        job.due, job.wanted = asyncio.get_running_loop().time(), job.seq
+        if job.session_id in self._connections.live_sessions(job.user_id):
+            job.due += self._settings.push_grace_seconds
+        job.begun = job.due
+
+    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(coroutine, name="push-device")
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    # --- telling one device ---
+
+    async def _deliver(self, chat: _Chat, job: _Job) -> None:
+        """Tell a device of a chat until it knows, need not know, or cannot be told."""
+        loop = asyncio.get_running_loop()
+        try:
+            while True:
+                job.trying = job.seq
+                wait = await self._attempt(chat, job)
+                if wait is not None and loop.time() + wait > job.begun + self._settings.push_give_up_seconds:
+                    log.warning("push_given_up", extra={"chat_id": chat.id, "session_id": job.session_id})
+                    wait = None
+                if wait is not None:
+                    await asyncio.sleep(wait)
+                elif job.seq == job.trying:
+                    return
+                else:  # more was said while that was under way
+                    job.first, job.tries = job.trying + 1, 0
+                    self._give_grace(job)
+        except Exception:
+            log.exception("push_failed")
+        finally:
+            del chat.jobs[job.session_id]
+            self._jobs -= 1
+            self._wake.set()
+
+    async def _attempt(self, chat: _Chat, job: _Job) -> float | None:
+        """Try once; the seconds until it is worth trying again, or None when this is over."""
+        loop = asyncio.get_running_loop()
+        if job.due > loop.time():
+            return job.due - loop.time()
+        async with chat.slots, self._slots:
+            job.trying = job.seq
+            try:
+                # Again, now: whoever has read it, left, blocked or logged out since must not hear of it.
+                async with self._database.reading() as session:
+                    targets = await repository.list_targets(
+                        session, chat.id, personal=chat.personal, now=self._now(), session_id=job.session_id
+                    )
+                    unread = await repository.count_unread(session, job.user_id, limit=UNREAD_MAX)
+            except Unavailable:
+                return 2.0
+            if not targets or targets[0].read_seq >= job.trying:
+                return None
+            [target] = targets
+            live = self._connections.live_sessions(job.user_id)
+            if job.session_id in live and target.delivered_seq >= job.wanted:
+                job.trying = job.wanted
+                return self._watch(job, live)
+            return await self._send(chat, job, target.device, unread)
+
+    def _watch(self, job: _Job, live: set[int]) -> float | None:
+        """A device with an open socket of whom somebody says it got the message.
+
+        The mark is the user's: with several devices it may be another's. A socket that outlives the next ping is not
+        dead, so that its device has the message, too; one that closes before is pushed to.
+        """
+        sure_at = job.due + self._settings.socket_heartbeat_seconds + self._settings.socket_timeout_seconds
+        if len(live) == 1 or asyncio.get_running_loop().time() >= sure_at:
+            return None
+        return 1.0
+
+    async def _send(self, chat: _Chat, job: _Job, device: DeviceRow, unread: int) -> float | None:
+        if self._firebase is None:
+            raise RuntimeError("push is off")
+        data = {"type": "new_message", "chat_id": str(chat.id), "seq": str(job.trying), "unread": str(unread)}
+        outcome = await self._firebase.send(Push(device.kind, device.token, f"chat-{chat.id}", data))
+        where = {"chat_id": chat.id, "session_id": job.session_id, "reason": outcome.reason}
+        match outcome.kind:
+            case "sent":
+                return None
+            case "dead":
+                log.info("push_device_is_dead", extra=where)
+                try:
+                    async with self._database.writing() as session:
+                        await repository.delete_dead_device(session, device)
+                except Unavailable:
+                    log.info("push_device_not_deleted", extra=where)  # the next message finds it dead again
+                return None
+            case "refused":
+                log.warning("push_refused", extra=where)
+                return None
+            case "retry":
+                job.tries += 1
+                if job.tries >= TRIES_MAX:
+                    log.warning("push_given_up", extra=where)
+                    return None
+                log.info("push_retried", extra=where)
+                backoff = min(BACKOFF_SECONDS * 2.0 ** (job.tries - 1), BACKOFF_MAX_SECONDS) * random.uniform(0.5, 1)
+                return max(backoff, outcome.retry_after or 0.0)
+
+    # --- cursors ---
+
+    async def _keep_storing(self) -> None:
+        while True:
+            await asyncio.sleep(STORE_SECONDS)
+            try:
+                await self._store()
+            except Unavailable:
+                log.info("push_cursors_not_stored")
+            except Exception:
+                log.exception("push_failed")
+
+    async def _store(self) -> None:
+        """Move the cursors of chats that are done with something; forget chats that are done with everything."""
+        moved = [(chat, done) for chat in self._chats.values() if (done := chat.done) > chat.stored]
+        for start in range(0, len(moved), STORE_BATCH):
+            some = moved[start : start + STORE_BATCH]
+            async with self._database.writing() as session:
+                await repository.advance_pushed(session, [(chat.id, done) for chat, done in some])
+            for chat, done in some:
+                chat.stored = done
+        idle_since = asyncio.get_running_loop().time() - LOOK_PAUSE_SECONDS
+        for chat in list(self._chats.values()):
+            if not chat.jobs and chat.stored == chat.seen and chat.looked_at < idle_since:
+                del self._chats[chat.id]
+
+    def _now(self) -> datetime:
+        return self._clock.now().astimezone(UTC).replace(tzinfo=None)
+
+
+def open_firebase(settings: Settings) -> Firebase | None:
+    """Firebase by the settings; None when push is off. Raises StartupError."""
+    path = settings.firebase_credentials_path
+    return None if path is None else Firebase(path, timeout_seconds=settings.push_timeout_seconds)
+
+
+def _newest_for(target: Target, newest: list[UnpushedMessage]) -> int:
+    """The newest message that a member shall hear of, or 0: not their own, not the server's but that they joined."""
+    for message in newest:
+        if message.seq <= target.read_seq:
+            break
+        if message.seq < target.visible_from_seq or message.sender_id == target.device.user_id:
+            continue
+        if not message.is_service or message.seq == target.joined_seq:
+            return message.seq
+    return 0
