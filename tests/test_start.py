@@ -232,6 +232,7 @@ def test_check_says_what_is_fit(settings: Settings, tmp_path: Path) -> None:
     engine = "MySQL" if settings.uses_mysql else "SQLite"
     assert done.stdout.splitlines() == [
         "settings: ok (development)",
+        "push: off",
         f"database: ok ({engine}, reachable and up to date)",
     ]
 

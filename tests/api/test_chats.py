@@ -33,6 +33,7 @@ async def test_two_people_have_one_personal_chat_whoever_asks(client: httpx.Asyn
         "type": "personal",
         "title": "",
         "description": "",
+        "avatar_url": None,
         "history_visible": True,
         "version": 1,
         "last_seq": 0,

@@ -577,6 +577,7 @@ async def test_without_its_database_it_lives_and_is_not_ready(
 
 
 PUBLIC = {
+    ("get", "/api/v1/avatars/{avatar}"),  # the address is the key
     ("get", "/health/live"),
     ("get", "/health/ready"),
     ("post", "/api/v1/auth/register"),

@@ -103,6 +103,7 @@ async def test_the_requests_of_the_brief_work_byte_for_byte(client: httpx.AsyncC
         "username": "john_doe",
         "display_name": "john_doe",
         "bio": "",
+        "avatar_url": None,
         "profile_version": 1,
         "phone": "+79991234567",
         "account_version": 0,

@@ -201,6 +201,7 @@ async def test_a_stranger_sees_who_one_is_and_nothing_private(client: httpx.Asyn
         "username": account.username,
         "display_name": account.username,
         "bio": "Hello!",
+        "avatar_url": None,
         "profile_version": 2,
         "relation": "none",
         "online": False,

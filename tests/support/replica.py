@@ -176,7 +176,9 @@ class Replica:
         for message in event["messages"]:
             chat.messages[message["id"]] = self._as_mine(message)
         chat.complete_from = min((message["seq"] for message in event["messages"]), default=1)
-        chat.info = {key: event["chat"][key] for key in ("title", "description", "history_visible", "member_count")}
+        chat.info = {
+            key: event["chat"][key] for key in ("title", "description", "avatar_url", "history_visible", "member_count")
+        }
         chat.read_seq = event["chat"]["read_seq"]
         chat.settings, chat.draft = event["chat"]["settings"], event["chat"]["draft"]
         self.chats[event["chat_id"]] = chat
@@ -269,7 +271,9 @@ async def fetch(client: httpx.AsyncClient, headers: dict[str, str], user_id: int
         page = await _get(client, "/api/v1/chats" + (f"?cursor={cursor}" if cursor else ""), headers)
         for item in page["items"]:
             chat = replica.chats[item["id"]] = ChatState(item["version"])
-            chat.info = {key: item[key] for key in ("title", "description", "history_visible", "member_count")}
+            chat.info = {
+                key: item[key] for key in ("title", "description", "avatar_url", "history_visible", "member_count")
+            }
             chat.read_seq, chat.unread_count = item["read_seq"], item["unread_count"]
             chat.settings, chat.draft = item["settings"], item["draft"]
         cursor = page["next"]
