@@ -27,7 +27,12 @@ IfRange = Annotated[str | None, Header(alias="If-Range")]
 IfNoneMatch = Annotated[str | None, Header(alias="If-None-Match")]
 RANGE = re.compile(r"bytes=(?:(\d{1,15})-(\d{0,15})|-(\d{1,15}))")
 
-BYTES = {"content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}}
+BYTES = {
+    "content": {
+        media_type: {"schema": {"type": "string", "format": "binary"}}
+        for media_type in ("application/octet-stream", "image/jpeg", "image/png", "image/gif", "image/webp")
+    }
+}
 RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {"description": "The whole file.", **BYTES},
     206: {"description": "The range asked for.", **BYTES},
