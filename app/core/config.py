@@ -74,7 +74,7 @@ class Settings(BaseSettings):
     max_stored_bytes_per_user: int = Field(
         10 * 1024**3, ge=0, description="All files of one account together; 0 for no bound."
     )
-    max_attachments: int = Field(10, ge=1, le=100, description="Files in one message.")
+    max_attachments: int = Field(10, ge=1, le=50, description="Files in one message.")
     max_image_pixels: int = Field(25_000_000, ge=1_000_000, description="Pixels of an image.")
     max_image_frames: int = Field(100, ge=1, description="Pictures of an animation.")
     image_processes: int = Field(1, ge=1, le=32, description="Images decoded at the same time, each in its process.")

@@ -7,8 +7,9 @@ but pixels survives: no EXIF, no place, no script that a browser might find.
 
 from __future__ import annotations
 
+import contextlib
 import json
-import resource
+import os
 import sys
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -52,10 +53,20 @@ class RefusedImage(Exception):
 
 
 def limit_process() -> None:
-    """Give this process little to do harm with."""
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
-    resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS + 1))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    """Give this process little to do harm with. Elsewhere than on Linux only the server's own deadline bounds it."""
+    if sys.platform == "win32":
+        return
+    import resource
+
+    os.nice(10)  # people who chat come first
+    for kind, soft, hard in (
+        (resource.RLIMIT_AS, MEMORY_BYTES, MEMORY_BYTES),
+        (resource.RLIMIT_CPU, CPU_SECONDS, CPU_SECONDS + 1),
+        (resource.RLIMIT_CORE, 0, 0),
+    ):
+        # Some systems know the limit and do not let it be set.
+        with contextlib.nullcontext() if sys.platform == "linux" else contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(kind, (soft, hard))
 
 
 def work(job: Job) -> Decoded:

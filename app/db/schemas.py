@@ -364,7 +364,7 @@ class Availability(TypedDict):
 AttachmentIds = Annotated[
     list[Id],
     Field(
-        max_length=100,
+        max_length=50,
         json_schema_extra={"uniqueItems": True, "maxItems": 10},
         description="Ids of the caller's own uploaded files, at most 10 unless the server is set otherwise; more "
         "than one is an album. `image` and `video` messages take both kinds, `audio` takes audio, `file` anything.",

@@ -8,13 +8,10 @@ from datetime import timedelta
 from app.core.clock import Clock
 from app.core.config import Settings
 from app.core.errors import file_not_found
-from app.core.ids import IdAllocator
-from app.db.database import Database
 from app.db.repositories import files as repository
-from app.services.file_service import Incoming
+from app.services.file_service import FileService, Incoming
 from app.services.image_service import ImageService
-from app.services.rate_limiter import RateLimiter
-from app.services.storage import INCOMING, Storage
+from app.services.storage import Storage
 from app.services.unit_of_work import UnitOfWork
 
 ABANDONED = timedelta(hours=1)
@@ -24,57 +21,36 @@ class AvatarService:
     """Keeps pictures. The row in `files` is what gets them collected once nobody shows them any more."""
 
     def __init__(
-        self,
-        *,
-        settings: Settings,
-        clock: Clock,
-        database: Database,
-        ids: IdAllocator,
-        limiter: RateLimiter,
-        storage: Storage,
-        images: ImageService,
+        self, *, settings: Settings, clock: Clock, files: FileService, storage: Storage, images: ImageService
     ) -> None:
         self._settings = settings
         self._clock = clock
-        self._database = database
-        self._ids = ids
-        self._limiter = limiter
+        self._files = files
         self._storage = storage
         self._images = images
 
     async def receive(self, user_id: int) -> Incoming:
         """A place for a picture to stream into. Raises TooManyRequests."""
-        await self._limiter.hit("limit_uploads_per_user", user_id)
-        return Incoming(self._settings.upload_path / INCOMING, self._settings.max_avatar_bytes)
+        return await self._files.receive(user_id, max_bytes=self._settings.max_avatar_bytes)
 
     async def add(self, user_id: int, incoming: Incoming) -> str:
         """Keep a picture for a while; its name. Raises BadInput (`invalid_image`, `image_too_large`), Unavailable."""
         digest = await incoming.finish()
         await self._images.avatar(incoming.path, incoming.target, list(repository.AVATAR_EDGES))
-        [file_id] = await self._ids.reserve("file")
         secret = secrets.token_hex(16)
         key = repository.avatar_key(secret)
-        now = self._clock.now().replace(tzinfo=None)
-        async with self._database.writing() as session:
-            await repository.insert_file(
-                session,
-                id=file_id,
-                owner_id=user_id,
-                kind=repository.AVATAR,
-                media_type="image/webp",
-                name="avatar",
-                size=0,  # of the account's quota
-                sha256=digest,
-                width=None,
-                height=None,
-                blurhash=None,
-                storage_key=key,
-                thumbnail_size=None,
-                created_at=now,
-                collect_at=now + ABANDONED,
-            )
-        for edge in repository.AVATAR_EDGES:
-            await self._storage.put(f"{key}.{edge}", incoming.copy(edge))
+        file_id = await self._files.store(
+            user_id,
+            {f"{key}.{edge}": incoming.copy(edge) for edge in repository.AVATAR_EDGES},
+            kept_for=ABANDONED,
+            kind=repository.AVATAR,
+            media_type="image/webp",
+            name="avatar",
+            size=0,  # of the account's quota
+            sha256=digest,
+            storage_key=key,
+            created_at=self._clock.now().replace(tzinfo=None),
+        )
         return f"{file_id}-{secret}"
 
     async def replace(self, uow: UnitOfWork, before: str | None, after: str | None) -> None:

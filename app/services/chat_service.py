@@ -223,10 +223,8 @@ class ChatService:
     async def require_admin(self, user_id: int, chat_id: int) -> None:
         """Whether somebody may change a group, before they upload for it. Raises as `edit` does."""
         chat = await self.get(user_id, chat_id)
-        if chat["type"] != "group":
-            raise Conflict("not_a_group", "This can be done in groups only.")
-        if RANK[chat["role"]] < RANK["admin"]:
-            raise Forbidden("not_allowed", "Only the admins may do this.")
+        self._require_group(chat["type"])
+        self._require_role(chat["role"], "admin")
 
     async def add_members(self, uow: UnitOfWork, user_id: int, chat_id: int, user_ids: Sequence[int]) -> Chat:
         """Let people into a group. Admins only; those already in it are passed over."""
@@ -294,12 +292,18 @@ class ChatService:
         locked = await uow.lock_chat(chat_id)
         if locked is None or user_id not in locked[1].members:
             raise chat_not_found()
-        if locked[0].type != "group":
-            raise Conflict("not_a_group", "This can be done in groups only.")
+        self._require_group(locked[0].type)
         return locked
 
+    def _require_group(self, type: str) -> None:
+        if type != "group":
+            raise Conflict("not_a_group", "This can be done in groups only.")
+
     def _require_rank(self, roster: Roster, user_id: int, role: Role) -> None:
-        if RANK[roster.members[user_id].role] < RANK[role]:
+        self._require_role(roster.members[user_id].role, role)
+
+    def _require_role(self, held: Role, role: Role) -> None:
+        if RANK[held] < RANK[role]:
             raise Forbidden("not_allowed", f"Only the {'owner' if role == 'owner' else 'admins'} may do this.")
 
     def _require_room(self, members: int) -> None:

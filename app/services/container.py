@@ -160,6 +160,15 @@ def build_services(settings: Settings, clock: Clock | None = None) -> Services:
     usernames = UsernameFilter(settings.username_filter_capacity)
     rate_limiter = RateLimiter(settings, clock)
     storage, images = open_storage(settings), ImageService(settings)
+    files = FileService(
+        settings=settings,
+        clock=clock,
+        database=database,
+        ids=ids,
+        limiter=rate_limiter,
+        storage=storage,
+        images=images,
+    )
     services = Services(
         settings=settings,
         clock=clock,
@@ -201,24 +210,8 @@ def build_services(settings: Settings, clock: Clock | None = None) -> Services:
         messages=MessageService(
             settings=settings, clock=clock, database=database, writer=writer, unit_of_work=unit_of_work
         ),
-        files=FileService(
-            settings=settings,
-            clock=clock,
-            database=database,
-            ids=ids,
-            limiter=rate_limiter,
-            storage=storage,
-            images=images,
-        ),
-        avatars=AvatarService(
-            settings=settings,
-            clock=clock,
-            database=database,
-            ids=ids,
-            limiter=rate_limiter,
-            storage=storage,
-            images=images,
-        ),
+        files=files,
+        avatars=AvatarService(settings=settings, clock=clock, files=files, storage=storage, images=images),
         typing=TypingService(database=database, rosters=rosters, connections=connections),
         presence=presence,
         notifications=notifications,

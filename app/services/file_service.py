@@ -13,9 +13,9 @@ import hashlib
 import logging
 import os
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path, PurePath
 from typing import BinaryIO, Self, cast
 
@@ -23,7 +23,7 @@ import puremagic
 
 from app.core.clock import Clock, timestamp
 from app.core.config import Settings
-from app.core.errors import BadInput, DialectError, Forbidden, TooLarge, file_not_found
+from app.core.errors import BadInput, DialectError, Forbidden, TooLarge, Unavailable, file_not_found
 from app.core.ids import IdAllocator
 from app.db.database import Database
 from app.db.repositories import files as repository
@@ -168,10 +168,10 @@ class FileService:
 
     # --- coming in ---
 
-    async def receive(self, user_id: int) -> Incoming:
-        """A place for a file to stream into. Raises TooManyRequests."""
+    async def receive(self, user_id: int, *, max_bytes: int | None = None) -> Incoming:
+        """A place for a file to stream into, of at most `max_bytes`. Raises TooManyRequests."""
         await self._limiter.hit("limit_uploads_per_user", user_id)
-        return Incoming(self._settings.upload_path / INCOMING, self._settings.max_upload_bytes)
+        return Incoming(self._settings.upload_path / INCOMING, max_bytes or self._settings.max_upload_bytes)
 
     async def add(self, user_id: int, incoming: Incoming, name: str, claimed_type: str) -> UploadedFile:
         """Keep what came in. Images are encoded afresh; what claims to be one and is not is refused.
@@ -198,33 +198,26 @@ class FileService:
             raise BadInput(
                 "invalid_image", "This is not an image of a known kind (JPEG, PNG, GIF, WebP).", field="file"
             )
-        [file_id] = await self._ids.reserve("file")
         key = new_key()
-        async with self._database.writing() as session:
-            if limit := self._settings.max_stored_bytes_per_user:
-                used = await repository.lock_stored_bytes(session, user_id)
-                if used + size > limit:
-                    raise Forbidden("quota_exceeded", f"All your files together may have {limit} bytes.")
-            await repository.insert_file(
-                session,
-                id=file_id,
-                owner_id=user_id,
-                kind=kind,
-                media_type=media_type,
-                name=name,
-                size=size,
-                sha256=digest,
-                width=width,
-                height=height,
-                blurhash=blurhash,
-                storage_key=key,
-                thumbnail_size=thumbnail_size,
-                created_at=now,
-                collect_at=now + timedelta(hours=self._settings.unattached_file_hours),
-            )
+        parts = {key: path}
         if thumbnail_size is not None:
-            await self._storage.put(_thumbnail_key(key), incoming.copy(repository.THUMBNAIL_EDGE))
-        await self._storage.put(key, path)
+            parts[_thumbnail_key(key)] = incoming.copy(repository.THUMBNAIL_EDGE)
+        file_id = await self.store(
+            user_id,
+            parts,
+            kept_for=timedelta(hours=self._settings.unattached_file_hours),
+            kind=kind,
+            media_type=media_type,
+            name=name,
+            size=size,
+            sha256=digest,
+            width=width,
+            height=height,
+            blurhash=blurhash,
+            storage_key=key,
+            thumbnail_size=thumbnail_size,
+            created_at=now,
+        )
         async with self._database.writing() as session:
             await repository.mark_ready(session, file_id)
         return {
@@ -239,6 +232,45 @@ class FileService:
             "thumbnail": thumbnail_size is not None,
             "created_at": timestamp(now),
         }
+
+    async def store(
+        self,
+        user_id: int,
+        parts: Mapping[str, Path],
+        *,
+        kept_for: timedelta,
+        size: int,
+        created_at: datetime,
+        **columns: object,
+    ) -> int:
+        """Record a file, not ready, and hand its parts to the storage under their keys; its id.
+
+        It is collected after `kept_for` unless somebody keeps it by then, and at once when the storage fails. Raises
+        Forbidden (`quota_exceeded`) and Unavailable.
+        """
+        [file_id] = await self._ids.reserve("file")
+        async with self._database.writing() as session:
+            if limit := self._settings.max_stored_bytes_per_user:
+                used = await repository.lock_stored_bytes(session, user_id)
+                if used + size > limit:
+                    raise Forbidden("quota_exceeded", f"All your files together may have {limit} bytes.")
+            await repository.insert_file(
+                session,
+                id=file_id,
+                owner_id=user_id,
+                size=size,
+                created_at=created_at,
+                collect_at=created_at + kept_for,
+                **columns,
+            )
+        try:
+            for key, path in parts.items():
+                await self._storage.put(key, path)
+        except Unavailable:
+            async with self._database.writing() as session:
+                await repository.expire_files(session, [file_id], created_at)
+            raise
+        return file_id
 
     # --- going out ---
 

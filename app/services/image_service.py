@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -74,7 +75,6 @@ class ImageService:
 
     async def _run(self, job: bytes) -> tuple[int, bytes]:
         process = await asyncio.create_subprocess_exec(
-            "nice",
             sys.executable,
             "-m",
             "app.core.image_worker",
@@ -82,7 +82,8 @@ class ImageService:
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.DEVNULL,
-            env={"PYTHONDONTWRITEBYTECODE": "1"},  # no settings, no secrets
+            # No settings, no secrets; Windows starts nothing without its root.
+            env={name: os.environ[name] for name in ("SYSTEMROOT",) if name in os.environ},
         )
         try:
             async with asyncio.timeout(DECODE_SECONDS):

@@ -347,6 +347,7 @@ class NotificationService:
                     )
                     unread = await repository.count_unread(session, job.user_id, limit=UNREAD_MAX)
             except Unavailable:
+                job.begun = loop.time()  # it is not Firebase that is to be given up
                 return 2.0
             if not targets or targets[0].read_seq >= job.trying:
                 return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import secrets
+import sys
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -67,6 +68,8 @@ class LocalStorage:
         with source.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(source, target)
+        if sys.platform == "win32":
+            return  # a folder cannot be opened there
         for folder in (target.parent, target.parent.parent, self._root):
             descriptor = os.open(folder, os.O_RDONLY)
             try:
@@ -77,12 +80,13 @@ class LocalStorage:
     async def read(self, key: str, start: int, end: int) -> AsyncIterator[bytes]:
         file = await asyncio.to_thread((self._root / key).open, "rb", 0)
         try:
-            position = start
-            while position < end:
-                data = await asyncio.to_thread(os.pread, file.fileno(), min(CHUNK, end - position), position)
+            file.seek(start)
+            left = end - start
+            while left > 0:
+                data = await asyncio.to_thread(file.read, min(CHUNK, left))
                 if not data:
                     raise FileNotFoundError(key)
-                position += len(data)
+                left -= len(data)
                 yield data
         finally:
             file.close()

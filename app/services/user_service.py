@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -120,10 +120,18 @@ class UserService:
 
     async def update_profile(self, uow: UnitOfWork, user_id: int, changes: ProfileIn) -> Me:
         """Change one's own profile. Raises BadInput for a reserved username, Conflict for a taken one."""
-        values = changes.model_dump(exclude_none=True)
+        return me_view((await self._change(uow, user_id, changes.model_dump(exclude_none=True)))[1])
+
+    async def set_avatar(self, uow: UnitOfWork, user_id: int, name: str | None) -> tuple[Me, str | None]:
+        """Give oneself another picture, or none; returns the profile and the name of the picture before."""
+        before, now = await self._change(uow, user_id, {"avatar": name})
+        return me_view(now), before.avatar
+
+    async def _change(self, uow: UnitOfWork, user_id: int, values: dict[str, Any]) -> tuple[UserRow, UserRow]:
+        """Change columns of a profile; the row before and after. What changes nothing is not told."""
         row = await user_repository.find_user(uow.session, user_id)
         if row is not None and row._replace(**values) == row:
-            return me_view(row)
+            return row, row
         version = await uow.next_account_version(user_id)  # locks the row: what is read now stays true
         row = await user_repository.find_user(uow.session, user_id)
         if row is None:
@@ -142,25 +150,7 @@ class UserService:
             },
         )
         uow.after_commit(lambda: self.usernames.add(new.username))
-        return me_view(new)
-
-    async def set_avatar(self, uow: UnitOfWork, user_id: int, name: str | None) -> tuple[Me, str | None]:
-        """Give oneself another picture, or none; returns the profile and the name of the picture before."""
-        version = await uow.next_account_version(user_id)  # locks the row
-        row = await user_repository.find_user(uow.session, user_id)
-        if row is None:
-            raise user_not_found()
-        new = row._replace(avatar=name, profile_version=row.profile_version + 1)
-        await user_repository.update_profile(uow.session, new, display_name_key=name_key(new.display_name))
-        uow.announce_account(
-            user_id,
-            {
-                "type": "profile_changed",
-                "account_version": version,
-                "profile_version": new.profile_version,
-            },
-        )
-        return me_view(new), row.avatar
+        return row, new
 
     async def profile(self, viewer_id: int, user_id: int) -> Profile:
         """Somebody's profile, with as much as the viewer may know. Raises NotFound."""

@@ -62,7 +62,9 @@ async def test_another_picture_has_another_address_and_the_old_one_is_collected(
     await services.files.collect()
     assert (await client.get(second)).status_code == 404
     assert on_disk(settings) == []
+    version = (await ann.do("GET", "/users/me"))["account_version"]
     assert (await ann.do("DELETE", "/users/me/avatar"))["avatar_url"] is None
+    assert (await ann.do("GET", "/users/me"))["account_version"] == version  # nothing to tell of
 
 
 async def test_a_group_shows_its_picture_and_tells_of_it(client: httpx.AsyncClient) -> None:

@@ -339,6 +339,23 @@ async def test_a_quota_holds_for_parallel_uploads_too(client: httpx.AsyncClient,
     assert {answer.json()["code"] for answer in answers if answer.is_error} == {"quota_exceeded"}
 
 
+@pytest.mark.settings(max_stored_bytes_per_user=1000)
+async def test_an_upload_that_the_disk_refuses_takes_nothing_of_the_quota(
+    client: httpx.AsyncClient, services: Services, settings: Settings
+) -> None:
+    [ann] = await people(client, 1)
+    in_the_way = [settings.upload_path / f"{number:02x}" for number in range(256)]
+    for path in in_the_way:
+        path.write_bytes(b"")  # where a folder is wanted
+    answer = await ann.try_upload(b"x" * 900)
+    assert (answer.status_code, answer.json()["code"]) == (503, "storage_unavailable")
+    for path in in_the_way:
+        path.unlink()
+    await services.files.collect()
+    assert (await ann.upload(b"x" * 900))["size"] == 900
+    assert len(on_disk(settings)) == 1
+
+
 # --- fetching ---------------------------------------------------------------------------------------------------
 
 

@@ -10,11 +10,11 @@ from starlette.responses import Response
 from app.api.deps import CallerDep, ServicesDep
 from app.api.multipart import UPLOAD_BODY, receive_file
 from app.api.problems import problems
-from app.db.schemas import MAX_ID, Chat, Me
+from app.api.v1.chats import ChatId
+from app.db.schemas import Chat, Me
 
 router = APIRouter(tags=["Avatars"])
 
-ChatId = Annotated[int, Path(ge=1, le=MAX_ID, examples=[1])]
 AvatarName = Annotated[
     str,
     Path(pattern="^[0-9]{1,16}-[0-9a-f]{32}$", examples=["7-0123456789abcdef0123456789abcdef"]),

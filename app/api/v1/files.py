@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
 from typing import Annotated, Any
 from urllib.parse import quote
 
-from fastapi import APIRouter, Header, Path
+from fastapi import APIRouter, Depends, Header, Path
 from starlette.responses import Response, StreamingResponse
 
 from app.api.deps import CallerDep, ServicesDep
@@ -22,9 +23,6 @@ log = logging.getLogger(__name__)
 router = APIRouter(prefix="/files", tags=["Files"])
 
 FileId = Annotated[int, Path(ge=1, le=MAX_ID, description="`file_id` of an attachment.", examples=[7])]
-RangeHeader = Annotated[str | None, Header(alias="Range", description="One range: `bytes=0-1023`, `bytes=-500`.")]
-IfRange = Annotated[str | None, Header(alias="If-Range")]
-IfNoneMatch = Annotated[str | None, Header(alias="If-None-Match")]
 RANGE = re.compile(r"bytes=(?:(\d{1,15})-(\d{0,15})|-(\d{1,15}))")
 
 BYTES = {
@@ -40,6 +38,29 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
 }
 
 
+@dataclass(slots=True)
+class Conditions:
+    """What a client has already, and which part of the rest it wants (RFC 9110 sections 13 and 14)."""
+
+    range: str | None
+    if_range: str | None
+    if_none_match: str | None
+
+
+async def get_conditions(
+    range_header: Annotated[
+        str | None, Header(alias="Range", description="One range: `bytes=0-1023`, `bytes=-500`.")
+    ] = None,
+    if_range: Annotated[str | None, Header(alias="If-Range")] = None,
+    if_none_match: Annotated[str | None, Header(alias="If-None-Match")] = None,
+) -> Conditions:
+    """The headers of a conditional request."""
+    return Conditions(range_header, if_range, if_none_match)
+
+
+ConditionsDep = Annotated[Conditions, Depends(get_conditions)]
+
+
 @router.get(
     "/{file_id:int}",
     summary="Fetch a file",
@@ -50,9 +71,7 @@ async def fetch_file(
     services: ServicesDep,
     caller: CallerDep,
     file_id: FileId,
-    range_header: RangeHeader = None,
-    if_range: IfRange = None,
-    if_none_match: IfNoneMatch = None,
+    conditions: ConditionsDep,
 ) -> Response:
     """The bytes of a file: for its owner, and for the members of a chat where a message holds it.
 
@@ -60,7 +79,7 @@ async def fetch_file(
     it may be cached for ever. 404 `file_not_found`.
     """
     content = await services.files.find(caller.user_id, file_id)
-    return await _respond(services, content, range_header, if_range, if_none_match)
+    return await _respond(services, content, conditions)
 
 
 @router.get(
@@ -73,18 +92,14 @@ async def fetch_thumbnail(
     services: ServicesDep,
     caller: CallerDep,
     file_id: FileId,
-    range_header: RangeHeader = None,
-    if_range: IfRange = None,
-    if_none_match: IfNoneMatch = None,
+    conditions: ConditionsDep,
 ) -> Response:
     """A smaller copy of an image, in WebP, 320 pixels along its longer edge. 404 `file_not_found`."""
     content = await services.files.find(caller.user_id, file_id, thumbnail=True)
-    return await _respond(services, content, range_header, if_range, if_none_match)
+    return await _respond(services, content, conditions)
 
 
-async def _respond(
-    services: ServicesDep, content: Content, asked: str | None, if_range: str | None, if_none_match: str | None
-) -> Response:
+async def _respond(services: ServicesDep, content: Content, conditions: Conditions) -> Response:
     headers = {
         "ETag": content.etag,
         "Accept-Ranges": "bytes",
@@ -93,7 +108,8 @@ async def _respond(
         "Content-Security-Policy": "sandbox; default-src 'none'; frame-ancestors 'none'",
         "X-Content-Type-Options": "nosniff",
     }
-    if if_none_match is not None and (if_none_match.strip() == "*" or content.etag in if_none_match):
+    known, asked, if_range = conditions.if_none_match, conditions.range, conditions.if_range
+    if known is not None and (known.strip() == "*" or content.etag in known):
         return Response(status_code=304, headers=headers)
     start, end, status = 0, content.size, 200
     if asked is not None and (if_range is None or if_range.strip() == content.etag):

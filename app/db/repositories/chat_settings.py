@@ -1,4 +1,4 @@
-"""SQL of what members set for a chat, for themselves alone; and who is muted.
+"""SQL of what members set for a chat, for themselves alone.
 
 Rows are written under their user's lock (`accounts.lock_account`, or numbering a change).
 """
@@ -11,11 +11,9 @@ from typing import NamedTuple, cast
 from sqlalchemy import Table, func, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from app.db.models import Chat, ChatSettings, UserSettings
+from app.db.models import ChatSettings
 
-CHAT = cast(Table, Chat.__table__)
 SETTINGS = cast(Table, ChatSettings.__table__)
-USER_SETTINGS = cast(Table, UserSettings.__table__)
 
 
 class ChatSettingsRow(NamedTuple):

@@ -144,7 +144,7 @@ class Writer:
     async def _run(self) -> None:
         while True:
             if not self._queue:
-                self._idle.set()
+                asyncio.get_running_loop().call_soon(self._rest)  # behind the telling of what was just committed
                 self._wake.clear()
                 await self._wake.wait()
             batch = self._batch = self._take()
@@ -159,6 +159,10 @@ class Writer:
                 await asyncio.sleep(0.005)  # nothing but locked chats: let their holder finish
             self._queue.extendleft(reversed(deferred))
             self._batch = []
+
+    def _rest(self) -> None:
+        if not self._queue and not self._batch:
+            self._idle.set()
 
     def _take(self) -> list[_Pending]:
         """The next batch: what is first in line and still wanted."""
