@@ -44,8 +44,8 @@ def test_no_two_tokens_are_the_same(tokens: AccessTokens) -> None:
     assert tokens.issue(7, 42) != tokens.issue(7, 42)
 
 
-def test_the_tool_that_forges_tokens_can_also_make_a_good_one(tokens: AccessTokens) -> None:
-    assert tokens.read(sign(HEADER, good_claims(7, 42), SECRET_KEY)).user_id == 7
+def test_the_tool_that_forges_tokens_can_also_make_a_good_one(tokens: AccessTokens, clock: ManualClock) -> None:
+    assert tokens.read(sign(HEADER, good_claims(7, 42, clock.now().timestamp()), SECRET_KEY)).user_id == 7
 
 
 # Two of them are only wrong to one who knows the sessions: see tests/services/test_auth.py.
@@ -53,9 +53,10 @@ READABLE = {"sub of somebody else", "sid of no session"}
 
 
 @pytest.mark.parametrize("fault", sorted(set(forgeries(7, 42, SECRET_KEY)) - READABLE))
-def test_a_forged_token_is_refused_like_any_other(tokens: AccessTokens, fault: str) -> None:
+def test_a_forged_token_is_refused_like_any_other(tokens: AccessTokens, clock: ManualClock, fault: str) -> None:
+    forged = forgeries(7, 42, SECRET_KEY, clock.now().timestamp())[fault]
     with pytest.raises(Unauthenticated) as caught:
-        tokens.read(forgeries(7, 42, SECRET_KEY)[fault])
+        tokens.read(forged)
     assert (caught.value.code, caught.value.detail) == (Unauthenticated().code, Unauthenticated().detail)
     assert caught.value.__cause__ is None
 

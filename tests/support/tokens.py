@@ -27,9 +27,9 @@ def sign(header: Any, claims: Any, key: str | bytes, digest: str = "sha256") -> 
     return signed + "." + encode(hmac.new(key, signed.encode(), digest).digest())
 
 
-def good_claims(user_id: int, session_id: int) -> dict[str, Any]:
-    """The claims of a token that works."""
-    now = int(time.time())
+def good_claims(user_id: int, session_id: int, now: float | None = None) -> dict[str, Any]:
+    """The claims of a token that works at `now`, in seconds since 1970; without it, by the machine's clock."""
+    now = int(time.time() if now is None else now)
     return {
         "sub": str(user_id),
         "iat": now,
@@ -40,9 +40,9 @@ def good_claims(user_id: int, session_id: int) -> dict[str, Any]:
     }
 
 
-def forgeries(user_id: int, session_id: int, key: str) -> dict[str, str]:
-    """What is wrong with it, to the token. All but the first few are signed with the right key."""
-    claims = good_claims(user_id, session_id)
+def forgeries(user_id: int, session_id: int, key: str, now: float | None = None) -> dict[str, str]:
+    """What is wrong with it at `now`, to the token. All but the first few are signed with the right key."""
+    claims = good_claims(user_id, session_id, now)
     now = claims["iat"]
     good = sign(HEADER, claims, key)
     head, body, signature = good.split(".")
