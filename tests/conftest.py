@@ -40,6 +40,19 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "logs_errors: the test provokes a failure that is logged with its traceback")
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """DIALECT_TEST_ENGINES=mysql asks for the tests that MySQL can change: all others need no second run."""
+    if ENGINES != ["mysql"]:
+        return
+    of_mysql = {"settings", "shared_server", "mysql_settings", "mysql_database"}
+    chosen: list[pytest.Item] = []
+    left_out: list[pytest.Item] = []
+    for item in items:
+        (chosen if of_mysql.intersection(getattr(item, "fixturenames", ())) else left_out).append(item)
+    items[:] = chosen
+    config.hook.pytest_deselected(items=left_out)
+
+
 # --- databases --------------------------------------------------------------------------------------------------
 
 
