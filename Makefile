@@ -28,7 +28,7 @@ $(DEV): requirements-dev.txt requirements.txt $(CREATED)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@ $(RUNTIME)
 
-.PHONY: help run test check lint format docs venv mysql mysql-stop crash schemathesis bench clean
+.PHONY: help run test check lint format docs venv mysql mysql-stop crash schemathesis deployment bench clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -42,11 +42,13 @@ test: $(DEV) ## run the tests on SQLite, and on MySQL too if DIALECT_TEST_MYSQL_
 
 check: lint test ## everything a change must pass: lint, then the tests
 
-lint: $(DEV) ## formatting, ruff, mypy and the import contracts
+lint: $(DEV) ## formatting, ruff, mypy, the import contracts, shell scripts and the Dockerfile
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/shellcheck scripts/*.sh .ci/run
+	$(BIN)/hadolint Dockerfile
 
 format: $(DEV) ## format the code and mend what ruff can mend
 	$(BIN)/ruff format .
@@ -69,6 +71,9 @@ crash: $(DEV) ## kill the server at random moments; nothing acknowledged may be 
 
 schemathesis: $(DEV) ## fuzz the HTTP API from its own OpenAPI document
 	$(BIN)/python -m pytest -m schemathesis $(ARGS)
+
+deployment: $(DEV) ## build and run the image and a real nginx; on Debian as root, no Docker needed
+	$(BIN)/python -m pytest -m deployment $(ARGS)
 
 bench: $(DEV) ## measure throughput and latency
 	$(BIN)/python -m bench $(ARGS)
