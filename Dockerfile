@@ -4,7 +4,7 @@
 #   docker run --rm --volume dialect:/data --env SECRET_KEY dialect migrate
 #   docker run --volume dialect:/data --env SECRET_KEY --publish 127.0.0.1:8000:8000 dialect
 #
-# compose.yaml does that with MySQL and, if you like, nginx. docs/operations.md explains both.
+# compose.yaml does that with MySQL. docs/operations.md explains both.
 # scripts/dockerfile.py knows the instructions used here, and runs them where there is no Docker.
 
 FROM python:3.13-slim-trixie AS build

@@ -18,7 +18,7 @@ import pytest
 from app.core.config import Settings
 from tests.conftest import StartServer
 from tests.support.accounts import register
-from tests.support.databases import make_settings
+from tests.support.databases import SECRET_KEY, make_settings
 from tests.support.secrets import check_log
 from tests.support.servers import COMMANDS, ROOT, Door, Server, environment, run
 
@@ -148,7 +148,10 @@ def test_a_service_account_that_cannot_be_used_is_one_sentence(
     if content is not None:
         path.write_text(content)
     command = [sys.executable, "-m", "app", "check"] if door == "check" else COMMANDS[door]
-    done = run(command, cwd=clone, env={**clone_env, "FIREBASE_CREDENTIALS_PATH": str(path)})
+    variables = {"FIREBASE_CREDENTIALS_PATH": str(path)}
+    if content is None:  # which development forgives: see below
+        variables |= {"ENVIRONMENT": "production", "SECRET_KEY": SECRET_KEY}
+    done = run(command, cwd=clone, env={**clone_env, **variables})
     assert done.returncode != 0
     pattern = r"The Firebase service account \S+/account.json \(FIREBASE_CREDENTIALS_PATH\) cannot be used \("
     assert_one_sentence(done.stdout + done.stderr, pattern)
@@ -277,3 +280,10 @@ async def test_a_signal_stops_it_soon(door: Door, number: int, settings: Setting
 def test_without_a_service_account_the_server_says_once_that_push_is_off(server: Server) -> None:
     server.stop()
     assert len(re.findall("push_is_off", server.log)) == 1
+
+
+@pytest.mark.settings(firebase_credentials_path=Path("serviceAccountKey.json"))
+def test_the_settings_of_the_readme_start_a_server_before_there_is_a_service_account(server: Server) -> None:
+    server.stop()
+    [line] = [line for line in server.log.splitlines() if "push_is_off" in line]
+    assert "serviceAccountKey.json" in line

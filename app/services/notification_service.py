@@ -135,7 +135,10 @@ class NotificationService:
     def start(self) -> None:
         """Begin pushing, with what an earlier process left; without a service account say so, once."""
         if self._firebase is None:
-            log.info("push_is_off", extra={"hint": "set FIREBASE_CREDENTIALS_PATH to push messages to phones"})
+            hint = "set FIREBASE_CREDENTIALS_PATH to push messages to phones"
+            if path := self._settings.firebase_credentials_path:
+                hint = f"there is no file {path} (FIREBASE_CREDENTIALS_PATH)"
+            log.info("push_is_off", extra={"hint": hint})
             return
         self._loops = [
             asyncio.create_task(self._run(), name="push"),
@@ -429,9 +432,14 @@ class NotificationService:
 
 
 def open_firebase(settings: Settings) -> Firebase | None:
-    """Firebase by the settings; None when push is off. Raises StartupError."""
+    """Firebase by the settings; None when push is off. Raises StartupError.
+
+    In development a file that is not there means off: the settings of the README name one that a newcomer lacks.
+    """
     path = settings.firebase_credentials_path
-    return None if path is None else Firebase(path, timeout_seconds=settings.push_timeout_seconds)
+    if path is None or (settings.environment == "development" and not path.exists()):
+        return None
+    return Firebase(path, timeout_seconds=settings.push_timeout_seconds)
 
 
 def _newest_for(target: Target, newest: list[UnpushedMessage]) -> int:
