@@ -193,6 +193,8 @@ def _implied(operation: dict[str, Any], method: str, *, takes_input: bool) -> It
         yield "body_too_large"
     if "application/json" in body:
         yield "invalid_json"
+    if "application/x-www-form-urlencoded" in body:
+        yield "bad_request"
 
 
 def _add_code(responses: dict[Any, dict[str, Any]], status: int | str, code: str) -> None:
