@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 from collections.abc import AsyncIterator, Callable
 from typing import Any
@@ -11,7 +12,7 @@ from fastapi import FastAPI
 from starlette.responses import JSONResponse, RedirectResponse, Response
 
 from app import __version__
-from app.api import problems, webhooks
+from app.api import examples, problems, webhooks
 from app.api.graceful_stop import graceful_stop
 from app.api.middleware import middleware
 from app.api.v1 import (
@@ -41,6 +42,18 @@ Register, press **Authorize** and log in with phone and password, and try the re
 `application/problem+json` (RFC 9457); act on their `code`.
 """
 
+TAGS = [
+    {"name": "Authentication", "description": "Accounts, tokens, and the devices that are logged in."},
+    {"name": "Users", "description": "Profiles, finding people, blocks, and settings for all chats."},
+    {"name": "Chats", "description": "Personal chats and groups, who is in them, and what is written there."},
+    {"name": "Messages", "description": "History, catching up, and uploading the files of messages."},
+    {"name": "Files", "description": "The bytes of files in messages, for those who see the message."},
+    {"name": "Avatars", "description": "Pictures of people and groups."},
+    {"name": "Push", "description": "Notifications through Firebase."},
+    {"name": "Health", "description": "For load balancers."},
+    {"name": webhooks.TAG, "description": "Frames that the server sends over the WebSocket; see docs/protocol.md."},
+]
+
 
 def create_app(settings: Settings | None = None, clock: Clock | None = None) -> FastAPI:
     """The application with these settings, or those of the environment.
@@ -59,6 +72,8 @@ def create_app(settings: Settings | None = None, clock: Clock | None = None) -> 
         docs_url="/docs" if settings.docs_enabled else None,
         redoc_url="/redoc" if settings.docs_enabled else None,
         openapi_url="/openapi.json" if settings.docs_enabled else None,
+        openapi_tags=TAGS,
+        generate_unique_id_function=lambda route: route.name,  # what generated clients call their functions
         redirect_slashes=False,  # a redirect drops the body of a POST in half of the clients
     )
     app.state.services = services
@@ -66,11 +81,14 @@ def create_app(settings: Settings | None = None, clock: Clock | None = None) -> 
     for module in (
         auth, users, user_settings, chats, chat_settings, drafts, messages, files, avatars, push, socket,
     ):  # fmt: skip
-        app.include_router(module.router, prefix="/api/v1", responses=problems.problems(413, 422, 429, 503))
+        app.include_router(module.router, prefix="/api/v1", responses=problems.problems("invalid_request"))
     app.include_router(health.router)
     app.add_api_route("/", root_of(settings), include_in_schema=False)
     generate = app.openapi
-    app.openapi = lambda: webhooks.describe(problems.describe(generate()))  # type: ignore[method-assign] # FastAPI's way to extend it
+    # FastAPI's way to extend it. Once: it is asked for by every answer of 405, too.
+    app.openapi = functools.cache(  # type: ignore[method-assign]
+        lambda: examples.describe(webhooks.describe(problems.describe(generate())))
+    )
     return app
 
 

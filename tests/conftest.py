@@ -29,6 +29,7 @@ from app.core.logging import log_formatter  # noqa: E402
 from app.db.database import Database  # noqa: E402
 from app.main import create_app  # noqa: E402
 from app.services.container import Services  # noqa: E402
+from tests.support.contract import judge  # noqa: E402
 from tests.support.databases import ENGINES, MysqlDatabase, SqliteTemplate, make_settings  # noqa: E402
 from tests.support.secrets import check_log  # noqa: E402
 from tests.support.servers import COMMANDS, Door, Server, environment  # noqa: E402
@@ -112,9 +113,10 @@ def services(app: FastAPI) -> Services:
 
 @pytest.fixture
 async def client(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
-    """A client of `app`, without a socket between."""
+    """A client of `app`, without a socket between. Answers that are not documented fail the test."""
     transport = httpx.ASGITransport(app=app)
-    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+    hooks = {"response": [judge]}
+    async with httpx.AsyncClient(transport=transport, base_url="http://test", event_hooks=hooks) as client:
         yield client
 
 

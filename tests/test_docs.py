@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import json
 import re
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from typing import Any, get_args, get_type_hints
 import pytest
 import yaml
 
-from app.api.problems import CODES
+from app.api.problems import CODES, DETAILS
 from app.core import errors
 from app.db import events
 from scripts import api_documents, settings_table
@@ -55,7 +56,38 @@ def _raised(tree: ast.Module) -> Iterator[tuple[str, int, bool]]:
             yield code, status, status in (429, 503)
 
 
-def _codes_in_app() -> dict[str, tuple[int, bool]]:
+def texts_in_app() -> dict[str, list[str]]:
+    """The details that go with each code, as patterns."""
+    found: dict[str, list[str]] = {CODES[status]: [re.escape(text)] for status, text in DETAILS.items()}
+    for path in (ROOT / "app").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, (ast.Call, ast.arguments)):
+                continue
+            # A call with a code and its detail, or a default of such a pair.
+            values = node.args if isinstance(node, ast.Call) else node.defaults
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "ProblemExample":
+                continue
+            for first, second in itertools.pairwise(values):
+                if isinstance(first, ast.Constant) and isinstance(first.value, str) and (text := _pattern(second)):
+                    found.setdefault(first.value, []).append(text)
+    return found
+
+
+def _pattern(node: ast.expr) -> str:
+    """A pattern of the texts that an expression can make; empty when it makes none."""
+    match node:
+        case ast.Constant(value=str(text)):
+            return re.escape(text)
+        case ast.JoinedStr(values=parts):
+            return "".join(_pattern(part) or ".+" for part in parts)
+        case ast.Name():
+            return ".+"
+        case _:
+            return ""
+
+
+def codes_in_app() -> dict[str, tuple[int, bool]]:
+    """(status, retryable) of every code that the application gives."""
     found = {code: (status, False) for status, code in CODES.items()}
     for path in (ROOT / "app").rglob("*.py"):
         for code, status, retryable in _raised(ast.parse(path.read_text(encoding="utf-8"))):
@@ -71,7 +103,7 @@ def _codes_in_protocol() -> dict[str, tuple[str, bool]]:
 
 
 def test_every_error_code_is_in_the_protocol() -> None:
-    in_app = {code: (str(status), retryable) for code, (status, retryable) in _codes_in_app().items()}
+    in_app = {code: (str(status), retryable) for code, (status, retryable) in codes_in_app().items()}
     assert len(in_app) > 40, "the search for codes finds nothing any more"
     # `http_error` is the name of whatever status has no code of its own.
     assert _codes_in_protocol() == {**in_app, "http_error": ("4xx", False)}

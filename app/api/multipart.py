@@ -27,12 +27,23 @@ UPLOAD_BODY = {
                     "properties": {FIELD: {"type": "string", "format": "binary", "description": "One file."}},
                     "required": [FIELD],
                     "additionalProperties": False,
-                }
+                },
+                "example": {FIELD: "the bytes of holiday.jpg"},
             }
         },
     }
 }
 """The body for OpenAPI: routes read it from the request themselves, so FastAPI cannot know it."""
+UPLOAD_CODES = (
+    "file_too_large",
+    "file_empty",
+    "invalid_upload",
+    "invalid_image",
+    "image_too_large",
+    "overloaded",
+    "storage_unavailable",
+)
+"""How an upload can fail."""
 
 
 @dataclass(slots=True)

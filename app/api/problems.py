@@ -7,7 +7,7 @@ somebody else's must look the same to the byte.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from http import HTTPStatus
 from typing import Annotated, Any, NotRequired
 
@@ -20,6 +20,7 @@ from starlette.responses import Response
 from starlette.routing import compile_path
 from typing_extensions import TypedDict
 
+from app.api.problem_examples import PROBLEM_EXAMPLES
 from app.core.errors import DialectError, Unauthenticated
 
 MEDIA_TYPE = "application/problem+json"
@@ -62,6 +63,12 @@ DETAILS = {
     413: "The body is too large.",
 }
 SCHEMA_REF = "#/components/schemas/Problem"
+RETRY_AFTER = {"Retry-After": {"description": "Seconds to wait first.", "schema": {"type": "integer", "minimum": 1}}}
+HEADERS: dict[int, dict[str, Any]] = {
+    401: {"WWW-Authenticate": {"description": "`Bearer`.", "schema": {"type": "string"}}},
+    429: RETRY_AFTER,
+    503: RETRY_AFTER,
+}
 
 
 class BodyRefused(HTTPException):
@@ -82,9 +89,14 @@ def problem(
     **members: Any,
 ) -> Response:
     """A problem as a response; `members` are extra fields of it."""
+    body = _body(status, code, detail, errors, **members)
+    return Response(orjson.dumps(body), status, headers=dict(headers or {}), media_type=MEDIA_TYPE)
+
+
+def _body(status: int, code: str, detail: str, errors: Sequence[FieldError], **members: Any) -> dict[str, Any]:
     body: dict[str, Any] = {
         "type": "about:blank",
-        "title": TITLES.get(status) or HTTPStatus(status).phrase,
+        "title": _title(status),
         "status": status,
         "detail": detail,
         "code": code,
@@ -92,7 +104,11 @@ def problem(
     }
     if errors:
         body["errors"] = list(errors)
-    return Response(orjson.dumps(body), status, headers=dict(headers or {}), media_type=MEDIA_TYPE)
+    return body
+
+
+def _title(status: int) -> str:
+    return TITLES.get(status) or HTTPStatus(status).phrase
 
 
 def error_response(error: DialectError) -> Response:
@@ -111,27 +127,112 @@ def internal_error() -> Response:
     return problem(500, "internal_error", "Something went wrong here; the server's log knows more.")
 
 
-def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """For `responses=`: these statuses answer with a problem."""
-    return {
-        status: {
-            "description": TITLES.get(status) or HTTPStatus(status).phrase,
-            "content": {MEDIA_TYPE: {"schema": {"$ref": SCHEMA_REF}}},
-        }
-        for status in statuses
-    }
+def problems(*codes: str) -> dict[int | str, dict[str, Any]]:
+    """For `responses=`: these codes answer with a problem. What `describe` concludes by itself need not be named."""
+    responses: dict[int | str, dict[str, Any]] = {}
+    for code in codes:
+        _add_code(responses, PROBLEM_EXAMPLES[code].status, code)
+    return responses
 
 
 def describe(document: dict[str, Any]) -> dict[str, Any]:
-    """Complete an OpenAPI document: the schemas `problems` refers to, and 401 where a token is asked for."""
+    """Complete an OpenAPI document: the schema of problems, and the errors that follow from what an operation takes."""
     schema = TypeAdapter(Problem).json_schema(ref_template="#/components/schemas/{model}")
-    schemas = document.setdefault("components", {}).setdefault("schemas", {})
+    schemas = document["components"]["schemas"]
     schemas |= {**schema.pop("$defs"), "Problem": schema}
     for path in document["paths"].values():
-        for operation in path.values():
-            if "security" in operation:
-                operation["responses"].setdefault("401", problems(401)[401])
+        for method, operation in path.items():
+            _complete(operation, method, schemas)
     return document
+
+
+PATH_CODES = {
+    "chat_id": "chat_not_found",
+    "message_id": "message_not_found",
+    "user_id": "user_not_found",
+    "session_id": "session_not_found",
+    "file_id": "file_not_found",
+    "avatar": "file_not_found",
+}
+"""What is not found, by the name of the parameter that names it."""
+
+
+def _complete(operation: dict[str, Any], method: str, schemas: dict[str, Any]) -> None:
+    """Add the codes that every operation of its kind gives, and describe each status by its codes."""
+    responses = operation["responses"]
+    wrong = _first_mistake(operation, schemas)
+    if wrong is None:
+        responses.pop("422", None)  # put there by main, lest FastAPI documents an error of its own
+    for code in _implied(operation, method, takes_input=wrong is not None):
+        _add_code(responses, str(PROBLEM_EXAMPLES[code].status), code)
+    for status, response in responses.items():
+        examples = response.get("content", {}).get(MEDIA_TYPE, {}).get("examples")
+        if examples is None:
+            continue
+        if "invalid_request" in examples and wrong is not None:
+            examples["invalid_request"]["value"]["errors"] = [wrong]
+        response["description"] = f"{_title(int(status))}: {', '.join(f'`{code}`' for code in examples)}."
+    operation["responses"] = dict(sorted(responses.items()))
+
+
+def _implied(operation: dict[str, Any], method: str, *, takes_input: bool) -> Iterator[str]:
+    parameters = operation.get("parameters", ())
+    body = operation.get("requestBody", {}).get("content", {})
+    if "security" in operation:
+        yield from ("invalid_token", "rate_limited", "database_unavailable")
+        if method != "get":
+            yield "busy"
+    for parameter in parameters:
+        if parameter["in"] == "path":
+            yield PATH_CODES[parameter["name"]]
+        elif parameter["name"] == "cursor":
+            yield "invalid_cursor"
+    if takes_input:
+        yield "invalid_request"
+    if body:
+        yield "body_too_large"
+    if "application/json" in body:
+        yield "invalid_json"
+    if "application/x-www-form-urlencoded" in body:
+        yield "bad_request"
+
+
+def _add_code(responses: dict[Any, dict[str, Any]], status: int | str, code: str) -> None:
+    example = PROBLEM_EXAMPLES[code]
+    response = responses.setdefault(
+        status,
+        {
+            "description": _title(example.status),
+            "content": {MEDIA_TYPE: {"schema": {"$ref": SCHEMA_REF}, "examples": {}}},
+        },
+    )
+    if example.status in HEADERS:
+        response["headers"] = HEADERS[example.status]
+    errors: list[FieldError] = [{"loc": ["body", example.field], "msg": example.detail}] if example.field else []
+    value = _body(example.status, code, example.detail, errors)
+    response["content"][MEDIA_TYPE]["examples"][code] = {"summary": example.detail, "value": value}
+
+
+def _first_mistake(operation: dict[str, Any], schemas: dict[str, Any]) -> FieldError | None:
+    """A mistake to make in a request; None where there is nothing to be mistaken in."""
+    places = [
+        (parameter["in"], parameter["name"], parameter["schema"]) for parameter in operation.get("parameters", ())
+    ]
+    for content in operation.get("requestBody", {}).get("content", {}).values():
+        schema = content["schema"]
+        schema = schemas[schema["$ref"].rpartition("/")[2]] if "$ref" in schema else schema
+        required = schema.get("required", ())
+        places += [("body", name, {} if name in required else one) for name, one in schema["properties"].items()]
+    if not places:
+        return None
+    place, name, schema = places[-1] if places[-1][0] == "body" else places[0]
+    if "minimum" in schema:
+        message = f"Input should be greater than or equal to {schema['minimum']}"
+    elif "pattern" in schema and place != "query":
+        message = f"String should match pattern '{schema['pattern']}'"
+    else:
+        message = "Field required"
+    return {"loc": [place, name], "msg": message}
 
 
 def install(app: FastAPI) -> None:

@@ -12,11 +12,15 @@ from pydantic import ConfigDict, Field, TypeAdapter
 from typing_extensions import TypedDict
 
 from app.db.schemas import (
+    CLIENT_ID,
+    EPOCH,
     SENDABLE,
+    AccessToken,
     AccountVersion,
     AttachmentIds,
     AvatarUrl,
     Chat,
+    ChatId,
     ChatSettings,
     ClientId,
     Content,
@@ -29,13 +33,18 @@ from app.db.schemas import (
     ResumeIn,
     SendableType,
     Seq,
+    SessionId,
     Timestamp,
     User,
+    UserId,
     UserSettings,
     Version,
 )
 
-Ref = Annotated[str, Field(max_length=64, description="Echoed in the answer, so that the client can match them.")]
+Ref = Annotated[
+    str, Field(max_length=64, description="Echoed in the answer, so that the client can match them.", examples=["m1"])
+]
+Prev = Annotated[Version, Field(description="The version before this change.", examples=[22])]
 
 
 # --- commands ---------------------------------------------------------------------------------------------------
@@ -53,7 +62,7 @@ class NewMessageCommand(Command):
     model_config = ConfigDict(json_schema_extra=SENDABLE)
 
     type: Literal["new_message"]
-    chat_id: Id
+    chat_id: ChatId
     content: Content = ""
     message_type: SendableType = "text"
     attachments: AttachmentIds = Field(default_factory=list)
@@ -65,7 +74,7 @@ class EditMessageCommand(Command):
     """Change the text of one's own message."""
 
     type: Literal["edit_message"]
-    chat_id: Id
+    chat_id: ChatId
     message_id: Id
     content: Content
 
@@ -74,7 +83,7 @@ class DeleteMessageCommand(Command):
     """Delete a message, for everybody or for oneself only."""
 
     type: Literal["delete_message"]
-    chat_id: Id
+    chat_id: ChatId
     message_id: Id
     for_everyone: bool = True
 
@@ -83,7 +92,7 @@ class MessageReadCommand(Command):
     """Mark a message, and all before it, as read."""
 
     type: Literal["message_read"]
-    chat_id: Id
+    chat_id: ChatId
     message_id: Id
 
 
@@ -91,7 +100,7 @@ class MessageDeliveredCommand(Command):
     """Mark a message, and all before it, as received by this user's device."""
 
     type: Literal["message_delivered"]
-    chat_id: Id
+    chat_id: ChatId
     message_id: Id
 
 
@@ -99,7 +108,7 @@ class TypingCommand(Command):
     """Tell the others that one is typing, or has stopped. Never stored; gets no answer when all is well."""
 
     type: Literal["typing"]
-    chat_id: Id
+    chat_id: ChatId
     active: bool = True
 
 
@@ -107,7 +116,7 @@ class SubscribePresenceCommand(Command):
     """Watch who is online, among the people one has a personal chat with. Replaces the earlier list."""
 
     type: Literal["subscribe_presence"]
-    user_ids: Annotated[list[Id], Field(max_length=1000)]
+    user_ids: Annotated[list[UserId], Field(max_length=1000, examples=[[2, 3]])]
 
 
 class ResumeCommand(Command, ResumeIn):
@@ -120,7 +129,7 @@ class ReauthCommand(Command):
     """Give the socket a fresh access token of the same session before the old one runs out."""
 
     type: Literal["reauth"]
-    token: Annotated[str, Field(min_length=1, max_length=4096)]
+    token: Annotated[AccessToken, Field(min_length=1, max_length=4096)]
 
 
 class PingCommand(Command):
@@ -152,12 +161,14 @@ class HelloEvent(TypedDict):
     """First frame of every socket."""
 
     type: Literal["hello"]
-    user_id: Id
-    session_id: Id
-    epoch: Annotated[str, Field(description="Names this database. When it differs from the one known, forget all.")]
+    user_id: UserId
+    session_id: SessionId
+    epoch: Annotated[
+        str, Field(description="Names this database. When it differs from the one known, forget all.", examples=[EPOCH])
+    ]
     account_version: AccountVersion
     server_time: Timestamp
-    heartbeat_seconds: float
+    heartbeat_seconds: Annotated[float, Field(examples=[25.0])]
 
 
 class AckEvent(TypedDict):
@@ -167,9 +178,9 @@ class AckEvent(TypedDict):
     """
 
     type: Literal["ack"]
-    ref: str | None
-    client_id: Annotated[str | None, Field(json_schema_extra={"format": "uuid"})]
-    chat_id: Id | None
+    ref: Annotated[str | None, Field(description="Of the command.", examples=["m1"])]
+    client_id: Annotated[str | None, Field(json_schema_extra={"format": "uuid"}, examples=[CLIENT_ID])]
+    chat_id: ChatId | None
     message_id: Id | None
     seq: Seq | None
     created_at: Timestamp | None
@@ -179,12 +190,12 @@ class ErrorEvent(TypedDict):
     """A command was refused; the socket lives on. `code` is stable."""
 
     type: Literal["error"]
-    code: str
-    detail: str
+    code: Annotated[str, Field(examples=["chat_not_found"])]
+    detail: Annotated[str, Field(examples=["There is no such chat."])]
     retryable: Annotated[bool, Field(description="Whether the same command may succeed later.")]
-    retry_after: Annotated[float | None, Field(description="Seconds to wait first.")]
-    ref: str | None
-    client_id: Annotated[str | None, Field(json_schema_extra={"format": "uuid"})]
+    retry_after: Annotated[float | None, Field(description="Seconds to wait first.", examples=[None])]
+    ref: Annotated[str | None, Field(description="Of the command.", examples=["m1"])]
+    client_id: Annotated[str | None, Field(json_schema_extra={"format": "uuid"}, examples=[CLIENT_ID])]
 
 
 class HeartbeatEvent(TypedDict):
@@ -201,14 +212,14 @@ class PongEvent(TypedDict):
     """Answer to `ping`."""
 
     type: Literal["pong"]
-    ref: str | None
+    ref: Annotated[str | None, Field(description="Of the command.", examples=["m1"])]
 
 
 class TokenExpiringEvent(TypedDict):
     """The socket's access token runs out soon: send `reauth`, or the socket closes with 4401."""
 
     type: Literal["token_expiring"]
-    expires_in: Annotated[int, Field(description="Seconds.")]
+    expires_in: Annotated[int, Field(description="Seconds.", examples=[60])]
 
 
 # --- events of a chat's log -------------------------------------------------------------------------------------
@@ -219,9 +230,9 @@ class NewMessageEvent(TypedDict):
     """A message was sent. Its sender has read and received all up to it."""
 
     type: Literal["new_message"]
-    chat_id: Id
+    chat_id: ChatId
     version: Version
-    prev: Version
+    prev: Prev
     message: Message
 
 
@@ -229,9 +240,9 @@ class MessageEditedEvent(TypedDict):
     """The text of a message changed."""
 
     type: Literal["message_edited"]
-    chat_id: Id
+    chat_id: ChatId
     version: Version
-    prev: Version
+    prev: Prev
     message: Message
 
 
@@ -239,9 +250,9 @@ class MessageDeletedEvent(TypedDict):
     """A message was deleted for everybody; what is left of it comes along."""
 
     type: Literal["message_deleted"]
-    chat_id: Id
+    chat_id: ChatId
     version: Version
-    prev: Version
+    prev: Prev
     message: Message
 
 
@@ -249,10 +260,10 @@ class MessageReadEvent(TypedDict):
     """Somebody has read everything up to `seq`."""
 
     type: Literal["message_read"]
-    chat_id: Id
+    chat_id: ChatId
     version: Version
-    prev: Version
-    user_id: Id
+    prev: Prev
+    user_id: UserId
     seq: Seq
 
 
@@ -260,10 +271,10 @@ class MessageDeliveredEvent(TypedDict):
     """Everything up to `seq` has reached a device of this member."""
 
     type: Literal["message_delivered"]
-    chat_id: Id
+    chat_id: ChatId
     version: Version
-    prev: Version
-    user_id: Id
+    prev: Prev
+    user_id: UserId
     seq: Seq
 
 
@@ -271,9 +282,9 @@ class MembersChangedEvent(TypedDict):
     """People joined, left, were removed or got another role."""
 
     type: Literal["members_changed"]
-    chat_id: Id
+    chat_id: ChatId
     version: Version
-    prev: Version
+    prev: Prev
     members: list[Member]
     member_count: Counter
 
@@ -281,8 +292,8 @@ class MembersChangedEvent(TypedDict):
 class ChatInfo(TypedDict):
     """What a group shows of itself."""
 
-    title: str
-    description: str
+    title: Annotated[str, Field(examples=["Trip to Oslo"])]
+    description: Annotated[str, Field(examples=[""])]
     avatar_url: AvatarUrl
     history_visible: bool
     member_count: Counter
@@ -292,9 +303,9 @@ class ChatUpdatedEvent(TypedDict):
     """Title, description or settings of a group changed."""
 
     type: Literal["chat_updated"]
-    chat_id: Id
+    chat_id: ChatId
     version: Version
-    prev: Version
+    prev: Prev
     info: ChatInfo
 
 
@@ -303,9 +314,9 @@ class ChatChangesEvent(TypedDict):
     server lost the single events. Apply each row whose own `version` is newer than the one held."""
 
     type: Literal["chat_changes"]
-    chat_id: Id
+    chat_id: ChatId
     version: Version
-    prev: Version
+    prev: Prev
     messages: list[Message]
     members: list[Member]
     info: ChatInfo | None
@@ -320,7 +331,7 @@ class ResetEvent(TypedDict):
     Older messages come from the history; members beyond the first page from the list of members."""
 
     type: Literal["reset"]
-    chat_id: Id
+    chat_id: ChatId
     version: Version
     chat: Chat
     messages: list[Message]
@@ -333,7 +344,7 @@ class SyncedEvent(TypedDict):
     """Of this chat everything up to `version` has been sent; live events go on from here."""
 
     type: Literal["synced"]
-    chat_id: Id
+    chat_id: ChatId
     version: Version
 
 
@@ -341,8 +352,8 @@ class ResumedEvent(TypedDict):
     """The end of a resume."""
 
     type: Literal["resumed"]
-    ref: str | None
-    epoch: str
+    ref: Annotated[str | None, Field(description="Of the command.", examples=["m1"])]
+    epoch: Annotated[str, Field(examples=[EPOCH])]
     account_version: AccountVersion
     complete: Annotated[bool, Field(description="False over REST when there is more: apply this and ask again.")]
 
@@ -355,7 +366,7 @@ class ChatAddedEvent(TypedDict):
 
     type: Literal["chat_added"]
     account_version: AccountVersion
-    chat_id: Id
+    chat_id: ChatId
 
 
 class ChatRemovedEvent(TypedDict):
@@ -363,7 +374,7 @@ class ChatRemovedEvent(TypedDict):
 
     type: Literal["chat_removed"]
     account_version: Annotated[AccountVersion | None, Field(description="Null in an answer to `resume`.")]
-    chat_id: Id
+    chat_id: ChatId
 
 
 class ReadMarkEvent(TypedDict):
@@ -371,7 +382,7 @@ class ReadMarkEvent(TypedDict):
 
     type: Literal["read_mark"]
     account_version: AccountVersion
-    chat_id: Id
+    chat_id: ChatId
     seq: Seq
 
 
@@ -380,7 +391,7 @@ class MessageHiddenEvent(TypedDict):
 
     type: Literal["message_hidden"]
     account_version: AccountVersion
-    chat_id: Id
+    chat_id: ChatId
     message_id: Id
     seq: Seq
 
@@ -390,7 +401,7 @@ class BlockChangedEvent(TypedDict):
 
     type: Literal["block_changed"]
     account_version: AccountVersion
-    user_id: Id
+    user_id: UserId
     blocked: bool
 
 
@@ -407,7 +418,7 @@ class ChatSettingsChangedEvent(TypedDict):
 
     type: Literal["chat_settings_changed"]
     account_version: AccountVersion
-    chat_id: Id
+    chat_id: ChatId
     settings: ChatSettings
 
 
@@ -416,7 +427,7 @@ class DraftChangedEvent(TypedDict):
 
     type: Literal["draft_changed"]
     account_version: AccountVersion
-    chat_id: Id
+    chat_id: ChatId
     draft: Draft
 
 
@@ -435,8 +446,8 @@ class TypingEvent(TypedDict):
     """Somebody is typing, or stopped. Forget it after 6 seconds."""
 
     type: Literal["typing"]
-    chat_id: Id
-    user_id: Id
+    chat_id: ChatId
+    user_id: UserId
     active: bool
 
 
@@ -444,7 +455,7 @@ class PresenceEvent(TypedDict):
     """Somebody watched is online or not."""
 
     type: Literal["presence"]
-    user_id: Id
+    user_id: UserId
     online: bool
     last_seen_at: Timestamp | None
 

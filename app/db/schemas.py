@@ -26,14 +26,22 @@ def _whole(value: object) -> object:
 
 WHOLE = BeforeValidator(_whole)
 Id = Annotated[int, Field(ge=1, le=MAX_ID, examples=[42]), WHOLE]
+ChatId = Annotated[Id, Field(examples=[1])]
+UserId = Annotated[Id, Field(examples=[2])]
+FileId = Annotated[Id, Field(examples=[7])]
+SessionId = Annotated[Id, Field(examples=[7])]
 Seq = Annotated[
-    int, Field(ge=1, le=MAX_ID, description="Place of a message in its chat: 1, 2, 3, ... without gaps."), WHOLE
+    int,
+    Field(ge=1, le=MAX_ID, description="Place of a message in its chat: 1, 2, 3, ... without gaps.", examples=[17]),
+    WHOLE,
 ]
-Counter = Annotated[int, Field(ge=0, le=MAX_ID), WHOLE]
-Version = Annotated[int, Field(ge=0, le=MAX_ID, description="Number of a change in a chat's log."), WHOLE]
+Counter = Annotated[int, Field(ge=0, le=MAX_ID, examples=[3]), WHOLE]
+Version = Annotated[
+    int, Field(ge=0, le=MAX_ID, description="Number of a change in a chat's log.", examples=[23]), WHOLE
+]
 AccountVersion = Annotated[
     int,
-    Field(ge=0, le=MAX_ID, description="Number of a change among the things only this user sees."),
+    Field(ge=0, le=MAX_ID, description="Number of a change among the things only this user sees.", examples=[5]),
     WHOLE,
 ]
 Timestamp = Annotated[
@@ -73,12 +81,14 @@ Moment = Annotated[
     WithJsonSchema({"type": "string", "format": "date-time", "pattern": MOMENT, "maxLength": 40}),
 ]
 """A time from a client: naive UTC, as the database has it."""
+CLIENT_ID = "7d444840-9dc0-11d1-b245-5ffdce74fad2"
 ClientId = Annotated[
     UUID,
     Field(
         strict=False,
         description="A UUID the client gives this send. A retry with the same one, at any time and over any door, "
         "gets the first answer and stores nothing.",
+        examples=[CLIENT_ID],
     ),
 ]
 
@@ -179,30 +189,32 @@ DisplayName = Annotated[
 ]
 Title = Annotated[
     str,
-    Field(min_length=1, max_length=128, json_schema_extra={"pattern": FILLED_LINE}),
+    Field(min_length=1, max_length=128, json_schema_extra={"pattern": FILLED_LINE}, examples=["Trip to Oslo"]),
     AfterValidator(_check_line),
     Field(min_length=1, max_length=128),
 ]
 Paragraph = Annotated[
     str,
-    Field(max_length=512, json_schema_extra={"pattern": LINES}),
+    Field(max_length=512, json_schema_extra={"pattern": LINES}, examples=["Hello!"]),
     AfterValidator(_check_lines),
     Field(max_length=512),
 ]
 DeviceName = Annotated[
     str,
-    Field(max_length=64, json_schema_extra={"pattern": LINE}),
+    Field(max_length=64, json_schema_extra={"pattern": LINE}, examples=["John's phone"]),
     AfterValidator(_check_line),
     Field(max_length=64),
 ]
 Platform = Annotated[
     str,
-    Field(max_length=16, json_schema_extra={"pattern": LINE}),
+    Field(max_length=16, json_schema_extra={"pattern": LINE}, examples=["android"]),
     AfterValidator(_check_line),
     Field(max_length=16),
 ]
 SearchText = Annotated[
-    str, Field(max_length=64, json_schema_extra={"pattern": SEARCHABLE}), AfterValidator(_check_searchable)
+    str,
+    Field(max_length=64, json_schema_extra={"pattern": SEARCHABLE}, examples=["john"]),
+    AfterValidator(_check_searchable),
 ]
 Password = Annotated[
     str,
@@ -229,6 +241,12 @@ class In(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
+AccessToken = Annotated[
+    str, Field(examples=["eyJhbGciOiJIUzI1NiIsInR5cCI6IkpXVCJ9.eyJzdWIiOiIxIn0.3Yk0bXc0c2lnbmF0dXJlLWlzLWhlcmU"])
+]
+RefreshToken = Annotated[str, Field(examples=["s8F1KQZ8Jm3pWvYc0nXr5tLbHd7gUeAiOq2RzTfB6kM"])]
+
+
 # --- accounts ---------------------------------------------------------------------------------------------------
 
 
@@ -240,13 +258,17 @@ class RegisterIn(In):
     username: Username
     display_name: DisplayName | None = Field(None, description="Shown to others; the username when left out.")
     device_name: DeviceName = Field("", description="Shown in the list of sessions.")
-    platform: Platform = Field("", examples=["android"])
+    platform: Platform = ""
 
 
 class RefreshIn(In):
     """A refresh token to exchange."""
 
-    refresh_token: Annotated[Text, Field(min_length=1, max_length=256)]
+    refresh_token: Annotated[
+        RefreshToken,
+        Field(min_length=1, max_length=256, json_schema_extra={"pattern": TEXT}),
+        AfterValidator(_check_text),
+    ]
 
 
 class PushDeviceIn(In):
@@ -262,26 +284,26 @@ class PushDeviceIn(In):
 class Tokens(TypedDict):
     """What a device keeps: a short-lived access token and a refresh token that works once."""
 
-    access_token: str
+    access_token: AccessToken
     token_type: Literal["bearer"]
     expires_in: Annotated[int, Field(description="Seconds the access token lives.", examples=[3600])]
-    refresh_token: str
+    refresh_token: RefreshToken
 
 
 class Ticket(TypedDict):
     """A key to one socket."""
 
-    ticket: str
+    ticket: Annotated[str, Field(examples=["zJf0qkC8vYx2nHh5bQm7rT1dLw9sEaGu"])]
     expires_in: Annotated[int, Field(description="Seconds.", examples=[30])]
 
 
 class Device(TypedDict):
     """A session: one device that is logged in."""
 
-    id: Id
-    device_name: str
-    platform: str
-    ip: str
+    id: SessionId
+    device_name: Annotated[str, Field(examples=["John's phone"])]
+    platform: Annotated[str, Field(examples=["android"])]
+    ip: Annotated[str, Field(description="Where it logged in from.", examples=["203.0.113.7"])]
     created_at: Timestamp
     last_seen_at: Timestamp
     current: Annotated[bool, Field(description="Whether this request came from it.")]
@@ -301,8 +323,8 @@ class ProfileIn(In):
 class UserSettingsIn(In):
     """What to change of one's settings; what is left out stays."""
 
-    notify_personal: bool | None = None
-    notify_groups: bool | None = None
+    notify_personal: bool | None = Field(None, description="Notify of messages of personal chats.", examples=[True])
+    notify_groups: bool | None = Field(None, description="Notify of messages of groups.", examples=[False])
 
 
 class UserSettings(TypedDict):
@@ -316,10 +338,10 @@ class UserSettings(TypedDict):
 class User(TypedDict):
     """A person as others see them. Refetch when `profile_version` has moved."""
 
-    id: Id
-    username: str
-    display_name: str
-    bio: str
+    id: UserId
+    username: Annotated[str, Field(examples=["john_doe"])]
+    display_name: Annotated[str, Field(examples=["John Doe"])]
+    bio: Annotated[str, Field(examples=["Hello!"])]
     avatar_url: AvatarUrl
     profile_version: Counter
 
@@ -327,7 +349,7 @@ class User(TypedDict):
 class Me(User):
     """The caller's own profile."""
 
-    phone: str
+    phone: Annotated[str, Field(examples=["+79991234567"])]
     account_version: AccountVersion
     created_at: Timestamp
 
@@ -344,17 +366,20 @@ class Profile(User):
     last_seen_at: Timestamp | None
 
 
+Next = Annotated[str | None, Field(description="Pass as `cursor` for the next page; null at the end.", examples=[None])]
+
+
 class UserPage(TypedDict):
     """A page of people; `next` continues it."""
 
     items: list[User]
-    next: Annotated[str | None, Field(description="Pass as `cursor` for the next page; null at the end.")]
+    next: Next
 
 
 class Availability(TypedDict):
     """Whether a username can be taken now. Only registering or renaming takes it."""
 
-    username: str
+    username: Annotated[str, Field(examples=["john_doe"])]
     available: bool
 
 
@@ -362,7 +387,7 @@ class Availability(TypedDict):
 
 
 AttachmentIds = Annotated[
-    list[Id],
+    list[FileId],
     Field(
         max_length=50,
         json_schema_extra={"uniqueItems": True, "maxItems": 10},
@@ -413,22 +438,28 @@ class Service(TypedDict):
     """What a service message reports."""
 
     action: ServiceAction
-    user_ids: list[Id]
-    text: Annotated[str, Field(description="The new title or description.")]
+    user_ids: list[UserId]
+    text: Annotated[str, Field(description="The new title or description.", examples=["Trip to Oslo"])]
 
 
 class Attachment(TypedDict):
     """A file in a message. Fetch it at `/api/v1/files/{file_id}`, its thumbnail at `.../thumbnail`."""
 
-    file_id: Id
+    file_id: FileId
     kind: FileKind
     media_type: Annotated[str, Field(description="By its content, not by its name.", examples=["image/jpeg"])]
     name: Annotated[str, Field(description="As its sender called it.", examples=["holiday.jpg"])]
-    size: Annotated[int, Field(ge=0, description="Bytes.")]
-    width: Annotated[int | None, Field(description="Pixels of an image.")]
-    height: int | None
-    blurhash: Annotated[str | None, Field(description="Of an image: to show until it is loaded (blurha.sh).")]
-    thumbnail: Annotated[bool, Field(description="Whether there is a smaller copy, in WebP.")]
+    size: Annotated[int, Field(ge=0, description="Bytes.", examples=[218_403])]
+    width: Annotated[int | None, Field(description="Pixels of an image.", examples=[1600])]
+    height: Annotated[int | None, Field(examples=[1200])]
+    blurhash: Annotated[
+        str | None,
+        Field(
+            description="Of an image: to show until it is loaded (blurha.sh).",
+            examples=["LEHV6nWB2yk8pyo0adR*.7kCMdnj"],
+        ),
+    ]
+    thumbnail: Annotated[bool, Field(description="Whether there is a smaller copy, in WebP.", examples=[True])]
 
 
 class UploadedFile(Attachment):
@@ -441,19 +472,21 @@ class Message(TypedDict):
     """A message. `version` is the chat version of its last change."""
 
     id: Id
-    chat_id: Id
+    chat_id: ChatId
     seq: Seq
     version: Version
-    sender_id: Id
-    client_id: Annotated[str, Field(json_schema_extra={"format": "uuid"})]
+    sender_id: UserId
+    client_id: Annotated[
+        str, Field(json_schema_extra={"format": "uuid"}, examples=["7d444840-9dc0-11d1-b245-5ffdce74fad2"])
+    ]
     message_type: MessageType
-    content: Annotated[str, Field(description="Empty when deleted or hidden.")]
-    service: Service | None
-    attachments: list[Attachment]
-    reply_to: Annotated[Id | None, Field(description="Id of the message it answers.")]
-    reply_to_seq: Seq | None
+    content: Annotated[str, Field(description="Empty when deleted or hidden.", examples=["Hello world!"])]
+    service: Annotated[Service | None, Field(description="Of service messages only.", examples=[None])]
+    attachments: Annotated[list[Attachment], Field(examples=[[]])]
+    reply_to: Annotated[Id | None, Field(description="Id of the message it answers.", examples=[None])]
+    reply_to_seq: Annotated[Seq | None, Field(examples=[None])]
     created_at: Timestamp
-    edited_at: Timestamp | None
+    edited_at: Annotated[Timestamp | None, Field(examples=[None])]
     deleted: Annotated[bool, Field(description="Deleted for everybody: only its place is left.")]
     hidden: Annotated[bool, Field(description="Deleted by the caller for themselves. Once true, it stays true.")]
 
@@ -476,7 +509,7 @@ class History(TypedDict):
 class Reader(TypedDict):
     """One who has read a message."""
 
-    user_id: Id
+    user_id: UserId
     read_at: Annotated[Timestamp | None, Field(description="When their mark last moved.")]
 
 
@@ -484,7 +517,7 @@ class Readers(TypedDict):
     """Who read a message, and whom it has reached."""
 
     read_by: list[Reader]
-    delivered_to: list[Id]
+    delivered_to: list[UserId]
 
 
 # --- chats ------------------------------------------------------------------------------------------------------
@@ -493,7 +526,7 @@ class Readers(TypedDict):
 class PersonalChatIn(In):
     """Whom to talk to."""
 
-    user_id: Id
+    user_id: UserId
 
 
 class GroupIn(In):
@@ -501,14 +534,14 @@ class GroupIn(In):
 
     title: Title
     description: Paragraph = ""
-    member_ids: Annotated[list[Id], Field(max_length=2000)] = Field(default_factory=list)
+    member_ids: Annotated[list[UserId], Field(max_length=2000, examples=[[2, 3]])] = Field(default_factory=list)
     history_visible: bool = Field(True, description="Whether those who join later see what was said before.")
 
 
 class ChatEditIn(In):
     """What to change of a group; what is left out stays."""
 
-    title: Title | None = None
+    title: Title | None = Field(None, examples=["Trip to Bergen"])
     description: Paragraph | None = None
     history_visible: bool | None = None
 
@@ -544,13 +577,13 @@ class DraftIn(In):
 class MembersIn(In):
     """People to add."""
 
-    user_ids: Annotated[list[Id], Field(min_length=1, max_length=200)]
+    user_ids: Annotated[list[UserId], Field(min_length=1, max_length=200, examples=[[2, 3]])]
 
 
 class RoleIn(In):
     """A member's new role. `owner` hands the group over: the caller becomes an admin."""
 
-    role: Role
+    role: Annotated[Role, Field(examples=["admin"])]
 
 
 class Member(TypedDict):
@@ -559,12 +592,12 @@ class Member(TypedDict):
     In chats above 50 members the marks are those of own messages only; ask who read a message instead.
     """
 
-    user_id: Id
-    role: Role
-    active: Annotated[bool, Field(description="False once they left or were removed.")]
+    user_id: UserId
+    role: Annotated[Role, Field(examples=["member"])]
+    active: Annotated[bool, Field(description="False once they left or were removed.", examples=[True])]
     joined_at: Timestamp
-    read_seq: Counter
-    delivered_seq: Counter
+    read_seq: Annotated[Counter, Field(examples=[16])]
+    delivered_seq: Annotated[Counter, Field(examples=[17])]
     version: Version
 
 
@@ -574,7 +607,7 @@ class Members(TypedDict):
     items: list[Member]
     users: Annotated[list[User], Field(description="The people named in `items`.")]
     version: Version
-    next: str | None
+    next: Next
 
 
 class ChatSettings(TypedDict):
@@ -584,11 +617,14 @@ class ChatSettings(TypedDict):
         Timestamp,
         Field(
             description="Muted while this lies ahead. `9999-12-31T23:59:59.000Z`: for ever; "
-            "`1970-01-01T00:00:00.000Z`: not muted."
+            "`1970-01-01T00:00:00.000Z`: not muted.",
+            examples=["1970-01-01T00:00:00.000Z"],
         ),
     ]
     pinned: bool
-    pin_order: Annotated[int, Field(ge=0, le=MAX_ID, description="Pinned chats stand by it, highest first; else 0.")]
+    pin_order: Annotated[
+        int, Field(ge=0, le=MAX_ID, description="Pinned chats stand by it, highest first; else 0.", examples=[0])
+    ]
     archived: bool
     marked_unread: Annotated[bool, Field(description="Shown as unread although all is read.")]
     account_version: Annotated[AccountVersion, Field(description="Of their last change; 0 when nothing was set.")]
@@ -597,8 +633,8 @@ class ChatSettings(TypedDict):
 class Draft(TypedDict):
     """What a member has begun to write in a chat. Of two states the greater `account_version` counts."""
 
-    content: Annotated[str, Field(description="Empty: there is no draft.")]
-    reply_to: Annotated[Id | None, Field(description="Id of the message it answers.")]
+    content: Annotated[str, Field(description="Empty: there is no draft.", examples=["Hello wor"])]
+    reply_to: Annotated[Id | None, Field(description="Id of the message it answers.", examples=[None])]
     updated_at: Timestamp | None
     account_version: Annotated[AccountVersion, Field(description="Of its last change; 0 when there was none.")]
 
@@ -606,26 +642,32 @@ class Draft(TypedDict):
 class Chat(TypedDict):
     """A chat with all that is needed to draw its row in a list."""
 
-    id: Id
+    id: ChatId
     type: ChatType
-    title: Annotated[str, Field(description="Of a group. A personal chat is named after its peer.")]
-    description: str
-    avatar_url: AvatarUrl
-    history_visible: bool
+    title: Annotated[str, Field(description="Of a group. A personal chat is named after its peer.", examples=[""])]
+    description: Annotated[str, Field(examples=[""])]
+    avatar_url: Annotated[AvatarUrl, Field(examples=[None])]
+    history_visible: Annotated[bool, Field(examples=[True])]
     version: Version
-    last_seq: Counter
-    member_count: Counter
-    role: Role
+    last_seq: Annotated[Counter, Field(examples=[17])]
+    member_count: Annotated[Counter, Field(examples=[2])]
+    role: Annotated[Role, Field(examples=["member"])]
     created_at: Timestamp
     last_activity_at: Timestamp
     unread_count: Annotated[
         int,
-        Field(ge=0, le=1000, description="Messages of others not read yet; 1000 stands for more than 999."),
+        Field(
+            ge=0, le=1000, description="Messages of others not read yet; 1000 stands for more than 999.", examples=[1]
+        ),
     ]
-    read_seq: Annotated[int, Field(ge=0, description="The caller's own read mark.")]
-    peer_id: Annotated[Id | None, Field(description="The other person of a personal chat.")]
-    peer_read_seq: Annotated[int, Field(ge=0, description="Up to where the peer of a personal chat has read.")]
-    peer_delivered_seq: Annotated[int, Field(ge=0, description="Up to where the peer's devices have received.")]
+    read_seq: Annotated[int, Field(ge=0, description="The caller's own read mark.", examples=[16])]
+    peer_id: Annotated[UserId | None, Field(description="The other person of a personal chat.")]
+    peer_read_seq: Annotated[
+        int, Field(ge=0, description="Up to where the peer of a personal chat has read.", examples=[17])
+    ]
+    peer_delivered_seq: Annotated[
+        int, Field(ge=0, description="Up to where the peer's devices have received.", examples=[17])
+    ]
     last_message: Message | None
     settings: Annotated[ChatSettings, Field(description="The caller's own.")]
     draft: Annotated[Draft, Field(description="The caller's own.")]
@@ -636,16 +678,21 @@ class ChatPage(TypedDict):
 
     items: list[Chat]
     users: Annotated[list[User], Field(description="Peers, and senders of last messages.")]
-    next: Annotated[str | None, Field(description="Pass as `cursor` for the next page; null at the end.")]
+    next: Next
 
 
 # --- catching up ------------------------------------------------------------------------------------------------
 
 
+EPOCH = "0287ba44-01bf-47e1-963b-fb1cb5c8cced"
+
+
 class ResumeIn(In):
     """Where a client stands: the `epoch` it knows, its account version and the version of each of its chats."""
 
-    epoch: Annotated[str, Field(max_length=64)] | None = None
+    epoch: Annotated[str, Field(max_length=64)] | None = Field(
+        None, description="From `hello` or `resumed`.", examples=[EPOCH]
+    )
     account_version: AccountVersion = 0
     chats: Annotated[
         dict[Annotated[str, Field(pattern=r"^[1-9][0-9]{0,15}$")], Version],
@@ -653,5 +700,6 @@ class ResumeIn(In):
             max_length=10_000,
             json_schema_extra={"additionalProperties": False},
             description="Chat id to the version the client has applied.",
+            examples=[{"1": 17, "3": 9}],
         ),
     ] = Field(default_factory=dict)

@@ -610,20 +610,6 @@ async def test_every_route_asks_who_is_calling_unless_it_is_known_to_be_public(
             assert method in ("post", "patch", "put"), (method, path)
 
 
-async def test_every_route_documents_its_problems(app: FastAPI) -> None:
-    document = app.openapi()
-    assert "HTTPValidationError" not in document["components"]["schemas"]
-    assert document["components"]["schemas"]["Problem"]["required"] == ["type", "title", "status", "detail", "code"]
-    for key, operation in operations(app).items():
-        for status, response in operation["responses"].items():
-            if int(status) >= 400:
-                assert list(response["content"]) == ["application/problem+json"], (key, status)
-        if operation.get("security"):
-            assert "401" in operation["responses"], key
-        if key[1].startswith("/api/"):
-            assert {"413", "422", "429", "503"} <= operation["responses"].keys(), key
-
-
 async def test_all_rooms_of_the_api_are_open(app: FastAPI) -> None:
     paths = {path for _, path in operations(app)}
     assert {

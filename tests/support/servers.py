@@ -16,6 +16,7 @@ import httpx
 from pydantic import SecretStr
 
 from app.core.config import Settings
+from tests.support.contract import judge
 
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE = 30.0
@@ -120,8 +121,8 @@ class Server:
         return self._process.poll()
 
     def client(self) -> httpx.AsyncClient:
-        """A client of its REST interface."""
-        return httpx.AsyncClient(base_url=self.url, timeout=PATIENCE)
+        """A client of its REST interface. Answers that are not documented fail the test."""
+        return httpx.AsyncClient(base_url=self.url, timeout=PATIENCE, event_hooks={"response": [judge]})
 
     def signal(self, number: int) -> None:
         """Send a signal to the server."""

@@ -43,7 +43,7 @@ class PasswordIn(In):
     """The old password, as proof, and the new one."""
 
     old_password: Password
-    new_password: NewPassword
+    new_password: Annotated[NewPassword, Field(examples=["Orchid-lantern-7!"])]
 
 
 REGISTER_EXAMPLES = {
@@ -65,8 +65,23 @@ REGISTER_EXAMPLES = {
 }
 
 
-@router.post("/register", status_code=201, summary="Register", responses=problems(409, 422, 429, 503))
-async def register(
+@router.post(
+    "/register",
+    status_code=201,
+    summary="Register",
+    responses=problems(
+        "phone_taken",
+        "username_taken",
+        "invalid_phone",
+        "username_reserved",
+        "weak_password",
+        "rate_limited",
+        "database_unavailable",
+        "busy",
+        "overloaded",
+    ),
+)
+async def register_account(
     body: Annotated[RegisterIn, Body(openapi_examples=REGISTER_EXAMPLES)],
     services: ServicesDep,
     ip: ClientIp,
@@ -79,8 +94,14 @@ async def register(
     return await services.auth.register(body, ip, user_agent)
 
 
-@router.post("/token", summary="Log in", responses=problems(401, 422, 429, 503))
-async def token(
+@router.post(
+    "/token",
+    summary="Log in",
+    responses=problems(
+        "invalid_credentials", "invalid_phone", "rate_limited", "database_unavailable", "busy", "overloaded"
+    ),
+)
+async def log_in(
     form: Annotated[LoginForm, Form()], services: ServicesDep, ip: ClientIp, user_agent: UserAgent = ""
 ) -> Tokens:
     """Log a device in with phone and password.
@@ -98,8 +119,12 @@ async def token(
     )
 
 
-@router.post("/refresh", summary="Get the next tokens", responses=problems(401, 422, 429, 503))
-async def refresh(body: RefreshIn, services: ServicesDep, ip: ClientIp) -> Tokens:
+@router.post(
+    "/refresh",
+    summary="Get the next tokens",
+    responses=problems("invalid_refresh_token", "rate_limited", "database_unavailable", "busy"),
+)
+async def refresh_tokens(body: RefreshIn, services: ServicesDep, ip: ClientIp) -> Tokens:
     """Exchange a refresh token for the next pair. It works once.
 
     Repeated within seconds, because the answer was lost, it brings the same successor. Later it means that two hold
@@ -108,14 +133,14 @@ async def refresh(body: RefreshIn, services: ServicesDep, ip: ClientIp) -> Token
     return await services.auth.refresh(body.refresh_token, ip)
 
 
-@router.post("/logout", status_code=204, summary="Log out", responses=problems(401, 429, 503))
-async def logout(services: ServicesDep, caller: CallerDep) -> None:
+@router.post("/logout", status_code=204, summary="Log out")
+async def log_out(services: ServicesDep, caller: CallerDep) -> None:
     """End this session: its tokens stop working and its sockets are closed."""
     await services.auth.logout(caller)
 
 
-@router.post("/ws-ticket", summary="Get a ticket for a socket", responses=problems(401, 429, 503))
-async def ws_ticket(services: ServicesDep, caller: CallerDep) -> Ticket:
+@router.post("/ws-ticket", summary="Get a ticket for a socket", responses=problems("overloaded"))
+async def create_ws_ticket(services: ServicesDep, caller: CallerDep) -> Ticket:
     """A key that opens one WebSocket within seconds: `/api/v1/messages/ws?ticket=...`.
 
     For browsers, which cannot set headers on a handshake: a token in a URL ends up in logs.
@@ -123,13 +148,13 @@ async def ws_ticket(services: ServicesDep, caller: CallerDep) -> Ticket:
     return services.auth.issue_ticket(caller)
 
 
-@router.get("/sessions", summary="List sessions", responses=problems(401, 429, 503))
+@router.get("/sessions", summary="List sessions")
 async def list_sessions(services: ServicesDep, caller: CallerDep) -> list[Device]:
     """The devices that are logged in, the last used first."""
     return await services.auth.list_sessions(caller)
 
 
-@router.delete("/sessions", status_code=204, summary="Log other devices out", responses=problems(401, 429, 503))
+@router.delete("/sessions", status_code=204, summary="Log other devices out")
 async def end_other_sessions(services: ServicesDep, caller: CallerDep) -> None:
     """End all sessions but this one."""
     await services.auth.end_other_sessions(caller)
@@ -139,14 +164,18 @@ async def end_other_sessions(services: ServicesDep, caller: CallerDep) -> None:
     "/sessions/{session_id:int}",
     status_code=204,
     summary="Log a device out",
-    responses=problems(401, 404, 422, 429, 503),
 )
 async def end_session(session_id: SessionId, services: ServicesDep, caller: CallerDep) -> None:
     """End one of one's own sessions. 404 `session_not_found`."""
     await services.auth.end_session(caller, session_id)
 
 
-@router.post("/password", status_code=204, summary="Change the password", responses=problems(401, 403, 422, 429, 503))
+@router.post(
+    "/password",
+    status_code=204,
+    summary="Change the password",
+    responses=problems("wrong_password", "weak_password", "overloaded"),
+)
 async def change_password(body: PasswordIn, services: ServicesDep, caller: CallerDep) -> None:
     """Change the password, and log all other devices out.
 

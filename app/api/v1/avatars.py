@@ -8,7 +8,7 @@ from fastapi import APIRouter, Path, Query, Request
 from starlette.responses import Response
 
 from app.api.deps import CallerDep, ServicesDep
-from app.api.multipart import UPLOAD_BODY, receive_file
+from app.api.multipart import UPLOAD_BODY, UPLOAD_CODES, receive_file
 from app.api.problems import problems
 from app.api.v1.chats import ChatId
 from app.db.schemas import Chat, Me
@@ -17,7 +17,11 @@ router = APIRouter(tags=["Avatars"])
 
 AvatarName = Annotated[
     str,
-    Path(pattern="^[0-9]{1,16}-[0-9a-f]{32}$", examples=["7-0123456789abcdef0123456789abcdef"]),
+    Path(
+        pattern="^[0-9]{1,16}-[0-9a-f]{32}$",
+        description="The last part of an `avatar_url`.",
+        examples=["7-0123456789abcdef0123456789abcdef"],
+    ),
 ]
 
 
@@ -30,11 +34,13 @@ AvatarName = Annotated[
             "description": "The picture.",
             "content": {"image/webp": {"schema": {"type": "string", "format": "binary"}}},
         },
-        **problems(404),
+        **problems("storage_unavailable"),
     },
 )
 async def fetch_avatar(
-    services: ServicesDep, avatar: AvatarName, size: Annotated[Literal["large", "small"], Query()] = "large"
+    services: ServicesDep,
+    avatar: AvatarName,
+    size: Annotated[Literal["large", "small"], Query(description="640 or 160 pixels square.")] = "large",
 ) -> Response:
     """A picture, 640 pixels square, or 160 with `size=small`; for ever the same. 404 `file_not_found`."""
     headers = {
@@ -47,7 +53,12 @@ async def fetch_avatar(
     return Response(data, headers=headers, media_type="image/webp")
 
 
-@router.post("/users/me/avatar", summary="Upload my avatar", responses=problems(401), openapi_extra=UPLOAD_BODY)
+@router.post(
+    "/users/me/avatar",
+    summary="Upload my avatar",
+    responses=problems(*UPLOAD_CODES),
+    openapi_extra=UPLOAD_BODY,
+)
 async def upload_my_avatar(request: Request, services: ServicesDep, caller: CallerDep) -> Me:
     """Another picture of oneself: JPEG, PNG, GIF or WebP, at most 10 MiB; the middle square of it is shown.
 
@@ -62,7 +73,7 @@ async def upload_my_avatar(request: Request, services: ServicesDep, caller: Call
         return me
 
 
-@router.delete("/users/me/avatar", summary="Delete my avatar", responses=problems(401))
+@router.delete("/users/me/avatar", summary="Delete my avatar")
 async def delete_my_avatar(services: ServicesDep, caller: CallerDep) -> Me:
     """Have no picture."""
     async with services.unit_of_work() as uow:
@@ -74,7 +85,7 @@ async def delete_my_avatar(services: ServicesDep, caller: CallerDep) -> Me:
 @router.post(
     "/chats/{chat_id:int}/avatar",
     summary="Upload a group's avatar",
-    responses=problems(401, 403, 404, 409),
+    responses=problems("not_allowed", "not_a_group", *UPLOAD_CODES),
     openapi_extra=UPLOAD_BODY,
 )
 async def upload_chat_avatar(request: Request, services: ServicesDep, caller: CallerDep, chat_id: ChatId) -> Chat:
@@ -89,7 +100,9 @@ async def upload_chat_avatar(request: Request, services: ServicesDep, caller: Ca
         return chat
 
 
-@router.delete("/chats/{chat_id:int}/avatar", summary="Delete a group's avatar", responses=problems(401, 403, 404, 409))
+@router.delete(
+    "/chats/{chat_id:int}/avatar", summary="Delete a group's avatar", responses=problems("not_allowed", "not_a_group")
+)
 async def delete_chat_avatar(services: ServicesDep, caller: CallerDep, chat_id: ChatId) -> Chat:
     """Have no picture of a group; its admins only."""
     async with services.unit_of_work() as uow:

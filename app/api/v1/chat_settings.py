@@ -21,8 +21,10 @@ EXAMPLES = {
 }
 
 
-@router.patch("/{chat_id:int}/settings", summary="Mute, pin, archive, mark unread", responses=problems(401, 404, 409))
-async def change_chat_settings(
+@router.patch(
+    "/{chat_id:int}/settings", summary="Mute, pin, archive, mark unread", responses=problems("too_many_pinned")
+)
+async def update_chat_settings(
     services: ServicesDep,
     caller: CallerDep,
     uow: UowDep,

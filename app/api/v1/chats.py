@@ -34,10 +34,13 @@ UserId = Annotated[int, Path(ge=1, le=MAX_ID, description="Id of a person.", exa
 MessageId = Annotated[int, Path(ge=1, le=MAX_ID, description="Id of a message in this chat.", examples=[42])]
 ChatCursor = Annotated[str | None, cursor_query(*CHAT_CURSOR)]
 MemberCursor = Annotated[str | None, cursor_query(*MEMBER_CURSOR)]
+BLOCKED = ("peer_blocked", "peer_unavailable")
+WRITER = ("overloaded", "shutting_down")
+"""Why the writer of messages takes none."""
 Limit = Annotated[int, Query(ge=1, le=100, description="Items of a page.")]
 
 
-@router.get("", summary="My chats", responses=problems(401))
+@router.get("", summary="My chats")
 async def list_chats(
     services: ServicesDep,
     caller: CallerDep,
@@ -57,9 +60,12 @@ async def list_chats(
     "/personal",
     summary="Talk to somebody",
     status_code=201,
-    responses={**problems(401, 403, 404), 200: {"model": Chat, "description": "They have a chat already."}},
+    responses={
+        **problems(*BLOCKED, "user_not_found"),
+        200: {"model": Chat, "description": "They have a chat already."},
+    },
 )
-async def create_personal(
+async def open_personal_chat(
     services: ServicesDep, caller: CallerDep, uow: UowDep, body: PersonalChatIn, response: Response
 ) -> Chat:
     """The personal chat with somebody, made if there is none yet: two people have one, whoever asks first."""
@@ -72,34 +78,39 @@ async def create_personal(
     "/saved",
     summary="Saved messages",
     status_code=201,
-    responses={**problems(401), 200: {"model": Chat, "description": "It exists already."}},
+    responses={200: {"model": Chat, "description": "It exists already."}},
 )
-async def create_saved(services: ServicesDep, caller: CallerDep, uow: UowDep, response: Response) -> Chat:
+async def open_saved_messages(services: ServicesDep, caller: CallerDep, uow: UowDep, response: Response) -> Chat:
     """The caller's chat with themselves."""
     chat, created = await services.chats.create_saved(uow, caller.user_id)
     response.status_code = 201 if created else 200
     return chat
 
 
-@router.post("/group", summary="New group", status_code=201, responses=problems(401, 403, 404, 409))
+@router.post(
+    "/group",
+    summary="New group",
+    status_code=201,
+    responses=problems(*BLOCKED, "user_not_found", "group_full"),
+)
 async def create_group(services: ServicesDep, caller: CallerDep, uow: UowDep, body: GroupIn) -> Chat:
     """A group with the caller as its owner."""
     return await services.chats.create_group(uow, caller.user_id, body)
 
 
-@router.get("/{chat_id:int}", summary="One chat", responses=problems(401, 404))
+@router.get("/{chat_id:int}", summary="One chat")
 async def get_chat(services: ServicesDep, caller: CallerDep, chat_id: ChatId) -> Chat:
     """One of the caller's chats."""
     return await services.chats.get(caller.user_id, chat_id)
 
 
-@router.patch("/{chat_id:int}", summary="Change a group", responses=problems(401, 403, 404, 409))
+@router.patch("/{chat_id:int}", summary="Change a group", responses=problems("not_allowed", "not_a_group"))
 async def edit_chat(services: ServicesDep, caller: CallerDep, uow: UowDep, chat_id: ChatId, body: ChatEditIn) -> Chat:
     """New title, description or settings. Admins only."""
     return await services.chats.edit(uow, caller.user_id, chat_id, body)
 
 
-@router.get("/{chat_id:int}/members", summary="Who is in a chat", responses=problems(401, 404))
+@router.get("/{chat_id:int}/members", summary="Who is in a chat")
 async def list_members(
     services: ServicesDep, caller: CallerDep, chat_id: ChatId, cursor: MemberCursor = None, limit: Limit = 100
 ) -> Members:
@@ -107,7 +118,11 @@ async def list_members(
     return await services.chats.list_members(caller.user_id, chat_id, cursor=cursor, limit=limit)
 
 
-@router.post("/{chat_id:int}/members", summary="Add people", responses=problems(401, 403, 404, 409))
+@router.post(
+    "/{chat_id:int}/members",
+    summary="Add people",
+    responses=problems("not_allowed", *BLOCKED, "user_not_found", "not_a_group", "group_full"),
+)
 async def add_members(services: ServicesDep, caller: CallerDep, uow: UowDep, chat_id: ChatId, body: MembersIn) -> Chat:
     """Let people into a group. Admins only; those already in it are passed over."""
     return await services.chats.add_members(uow, caller.user_id, chat_id, body.user_ids)
@@ -117,7 +132,7 @@ async def add_members(services: ServicesDep, caller: CallerDep, uow: UowDep, cha
     "/{chat_id:int}/members/{user_id:int}",
     summary="Remove somebody",
     status_code=204,
-    responses=problems(401, 403, 404, 409),
+    responses=problems("not_allowed", "not_a_group", "owner_must_transfer"),
 )
 async def remove_member(
     services: ServicesDep, caller: CallerDep, uow: UowDep, chat_id: ChatId, user_id: UserId
@@ -127,22 +142,43 @@ async def remove_member(
 
 
 @router.put(
-    "/{chat_id:int}/members/{user_id:int}/role", summary="Change a role", responses=problems(401, 403, 404, 409)
+    "/{chat_id:int}/members/{user_id:int}/role",
+    summary="Change a role",
+    responses=problems("not_allowed", "not_a_group", "owner_must_transfer"),
 )
-async def set_role(
+async def set_member_role(
     services: ServicesDep, caller: CallerDep, uow: UowDep, chat_id: ChatId, user_id: UserId, body: RoleIn
 ) -> Chat:
     """Promote, demote, or hand the group over with `owner`. The owner only."""
     return await services.chats.set_role(uow, caller.user_id, chat_id, user_id, body.role)
 
 
-@router.post("/{chat_id:int}/leave", summary="Leave a group", status_code=204, responses=problems(401, 404, 409))
+@router.post(
+    "/{chat_id:int}/leave",
+    summary="Leave a group",
+    status_code=204,
+    responses=problems("not_a_group", "owner_must_transfer"),
+)
 async def leave_chat(services: ServicesDep, caller: CallerDep, uow: UowDep, chat_id: ChatId) -> None:
     """Leave a group. Its owner hands it over first."""
     await services.chats.leave(uow, caller.user_id, chat_id)
 
 
-@router.post("/{chat_id:int}/messages", summary="Send a message", status_code=201, responses=problems(401, 403, 404))
+@router.post(
+    "/{chat_id:int}/messages",
+    summary="Send a message",
+    status_code=201,
+    responses=problems(
+        *BLOCKED,
+        "reply_not_found",
+        "file_not_found",
+        "message_too_long",
+        "message_empty",
+        "attachment_mismatch",
+        "too_many_attachments",
+        *WRITER,
+    ),
+)
 async def send_message(services: ServicesDep, caller: CallerDep, chat_id: ChatId, body: MessageIn) -> Sent:
     """Store a message for good and tell everybody in the chat: the same as `new_message` over the socket.
 
@@ -152,14 +188,18 @@ async def send_message(services: ServicesDep, caller: CallerDep, chat_id: ChatId
     return {"message": await services.messages.send(caller.user_id, command)}
 
 
-@router.get("/{chat_id:int}/messages/{message_id:int}", summary="One message", responses=problems(401, 404))
+@router.get("/{chat_id:int}/messages/{message_id:int}", summary="One message")
 async def get_message(services: ServicesDep, caller: CallerDep, chat_id: ChatId, message_id: MessageId) -> Message:
     """One message of a chat, for instance the one that another answers."""
     return await services.messages.get(caller.user_id, chat_id, message_id)
 
 
 @router.patch(
-    "/{chat_id:int}/messages/{message_id:int}", summary="Edit a message", responses=problems(401, 403, 404, 409)
+    "/{chat_id:int}/messages/{message_id:int}",
+    summary="Edit a message",
+    responses=problems(
+        "not_your_message", "not_editable", *BLOCKED, "message_deleted", "message_too_long", "message_empty", *WRITER
+    ),
 )
 async def edit_message(
     services: ServicesDep, caller: CallerDep, chat_id: ChatId, message_id: MessageId, body: MessageEditIn
@@ -175,7 +215,7 @@ async def edit_message(
     "/{chat_id:int}/messages/{message_id:int}",
     summary="Delete a message",
     status_code=204,
-    responses=problems(401, 403, 404),
+    responses=problems("not_your_message", "not_deletable", *WRITER),
 )
 async def delete_message(
     services: ServicesDep,
@@ -195,16 +235,18 @@ async def delete_message(
     "/{chat_id:int}/messages/{message_id:int}/read",
     summary="Mark as read",
     status_code=204,
-    responses=problems(401, 404),
+    responses=problems(*WRITER),
 )
-async def mark_read(services: ServicesDep, caller: CallerDep, chat_id: ChatId, message_id: MessageId) -> None:
+async def mark_message_read(services: ServicesDep, caller: CallerDep, chat_id: ChatId, message_id: MessageId) -> None:
     """Mark a message, and all before it, as read."""
     await services.messages.write(
         caller.user_id, MessageReadCommand(type="message_read", chat_id=chat_id, message_id=message_id)
     )
 
 
-@router.get("/{chat_id:int}/messages/{message_id:int}/readers", summary="Who has read it", responses=problems(401, 404))
-async def list_readers(services: ServicesDep, caller: CallerDep, chat_id: ChatId, message_id: MessageId) -> Readers:
+@router.get("/{chat_id:int}/messages/{message_id:int}/readers", summary="Who has read it")
+async def list_message_readers(
+    services: ServicesDep, caller: CallerDep, chat_id: ChatId, message_id: MessageId
+) -> Readers:
     """Who has read a message, and whom it has reached."""
     return await services.messages.readers(caller.user_id, chat_id, message_id)

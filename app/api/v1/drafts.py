@@ -12,7 +12,7 @@ from app.db.schemas import Draft, DraftIn
 router = APIRouter(prefix="/chats", tags=["Chats"])
 
 
-@router.put("/{chat_id:int}/draft", summary="Keep a draft", responses=problems(401, 404))
+@router.put("/{chat_id:int}/draft", summary="Keep a draft", responses=problems("reply_not_found", "message_too_long"))
 async def save_draft(services: ServicesDep, caller: CallerDep, uow: UowDep, chat_id: ChatId, body: DraftIn) -> Draft:
     """Store a draft in place of the one before, for all of the caller's devices; a blank one deletes it.
 
@@ -21,7 +21,7 @@ async def save_draft(services: ServicesDep, caller: CallerDep, uow: UowDep, chat
     return await services.drafts.save(uow, caller.user_id, chat_id, body)
 
 
-@router.delete("/{chat_id:int}/draft", summary="Delete a draft", status_code=204, responses=problems(401, 404))
+@router.delete("/{chat_id:int}/draft", summary="Delete a draft", status_code=204)
 async def delete_draft(services: ServicesDep, caller: CallerDep, uow: UowDep, chat_id: ChatId) -> None:
     """Delete the draft, if there is one."""
     await services.drafts.delete(uow, caller.user_id, chat_id)

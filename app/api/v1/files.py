@@ -25,17 +25,17 @@ router = APIRouter(prefix="/files", tags=["Files"])
 FileId = Annotated[int, Path(ge=1, le=MAX_ID, description="`file_id` of an attachment.", examples=[7])]
 RANGE = re.compile(r"bytes=(?:(\d{1,15})-(\d{0,15})|-(\d{1,15}))")
 
-BYTES = {
-    "content": {
-        media_type: {"schema": {"type": "string", "format": "binary"}}
-        for media_type in ("application/octet-stream", "image/jpeg", "image/png", "image/gif", "image/webp")
+WEBP = "image/webp"
+
+
+def _responses(*media_types: str) -> dict[int | str, dict[str, Any]]:
+    content = {media_type: {"schema": {"type": "string", "format": "binary"}} for media_type in media_types}
+    return {
+        200: {"description": "The whole file.", "content": content},
+        206: {"description": "The range asked for.", "content": content},
+        304: {"description": "What the client has is the same."},
+        **problems("range_not_satisfiable", "storage_unavailable"),
     }
-}
-RESPONSES: dict[int | str, dict[str, Any]] = {
-    200: {"description": "The whole file.", **BYTES},
-    206: {"description": "The range asked for.", **BYTES},
-    304: {"description": "What the client has is the same."},
-}
 
 
 @dataclass(slots=True)
@@ -51,8 +51,13 @@ async def get_conditions(
     range_header: Annotated[
         str | None, Header(alias="Range", description="One range: `bytes=0-1023`, `bytes=-500`.")
     ] = None,
-    if_range: Annotated[str | None, Header(alias="If-Range")] = None,
-    if_none_match: Annotated[str | None, Header(alias="If-None-Match")] = None,
+    if_range: Annotated[
+        str | None,
+        Header(alias="If-Range", description="The range only if the file still has this `ETag`; else all of it."),
+    ] = None,
+    if_none_match: Annotated[
+        str | None, Header(alias="If-None-Match", description="304 if the file still has one of these `ETag`s.")
+    ] = None,
 ) -> Conditions:
     """The headers of a conditional request."""
     return Conditions(range_header, if_range, if_none_match)
@@ -65,7 +70,7 @@ ConditionsDep = Annotated[Conditions, Depends(get_conditions)]
     "/{file_id:int}",
     summary="Fetch a file",
     response_class=Response,
-    responses={**RESPONSES, **problems(401, 404, 416)},
+    responses=_responses("application/octet-stream", "image/jpeg", "image/png", "image/gif", WEBP),
 )
 async def fetch_file(
     services: ServicesDep,
@@ -86,7 +91,7 @@ async def fetch_file(
     "/{file_id:int}/thumbnail",
     summary="Fetch a thumbnail",
     response_class=Response,
-    responses={**RESPONSES, **problems(401, 404, 416)},
+    responses=_responses(WEBP),
 )
 async def fetch_thumbnail(
     services: ServicesDep,

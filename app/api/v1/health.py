@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from fastapi import APIRouter, Response
+from pydantic import Field
 from typing_extensions import TypedDict
 
 from app.api.deps import ServicesDep
@@ -22,17 +23,19 @@ class Health(TypedDict):
 class Readiness(Health):
     """All is well, and here is what was asked."""
 
-    checks: dict[str, Literal["ok", "down"]]
+    checks: Annotated[dict[str, Literal["ok", "down"]], Field(examples=[{"database": "ok"}])]
 
 
 @router.get("/live", summary="Whether the process runs")
-async def live() -> Health:
+async def check_liveness() -> Health:
     """Answers as long as the event loop turns; asks nobody else."""
     return {"status": "ok"}
 
 
-@router.get("/ready", summary="Whether requests can be served", response_model=Readiness, responses=problems(503))
-async def ready(services: ServicesDep) -> Readiness | Response:
+@router.get(
+    "/ready", summary="Whether requests can be served", response_model=Readiness, responses=problems("not_ready")
+)
+async def check_readiness(services: ServicesDep) -> Readiness | Response:
     """Asks every dependency. 503 while one of them does not answer: send requests elsewhere."""
     checks = await services.check()
     if all(state == "ok" for state in checks.values()):

@@ -7,7 +7,7 @@ from typing import Annotated
 from fastapi import APIRouter, Path, Query, Request
 
 from app.api.deps import CallerDep, ServicesDep
-from app.api.multipart import UPLOAD_BODY, receive_file
+from app.api.multipart import UPLOAD_BODY, UPLOAD_CODES, receive_file
 from app.api.problems import problems
 from app.db.events import CatchUpEvent
 from app.db.schemas import MAX_ID, History, ResumeIn, UploadedFile
@@ -17,15 +17,15 @@ router = APIRouter(prefix="/messages", tags=["Messages"])
 SeqQuery = Annotated[int | None, Query(ge=0, le=MAX_ID)]
 
 
-@router.get("/history/{chat_id:int}", summary="History of a chat", responses=problems(401, 404))
-async def history(
+@router.get("/history/{chat_id:int}", summary="History of a chat")
+async def get_history(
     services: ServicesDep,
     caller: CallerDep,
-    chat_id: Annotated[int, Path(ge=1, le=MAX_ID, examples=[1])],
+    chat_id: Annotated[int, Path(ge=1, le=MAX_ID, description="Id of a chat the caller is in.", examples=[1])],
     before: Annotated[SeqQuery, Query(description="Messages older than this seq.")] = None,
     after: Annotated[SeqQuery, Query(description="Messages newer than this seq.")] = None,
     around: Annotated[SeqQuery, Query(description="Messages on both sides of this seq.")] = None,
-    limit: Annotated[int, Query(ge=1, le=100)] = 50,
+    limit: Annotated[int, Query(ge=1, le=100, description="Messages of a page, at most.")] = 50,
 ) -> History:
     """A page of messages by rising `seq`: the newest, or those before or after one, between two, or around one."""
     return await services.messages.history(
@@ -37,10 +37,10 @@ async def history(
     "/upload",
     summary="Upload a file",
     status_code=201,
-    responses=problems(401, 403),
+    responses=problems("quota_exceeded", *UPLOAD_CODES),
     openapi_extra=UPLOAD_BODY,
 )
-async def upload(request: Request, services: ServicesDep, caller: CallerDep) -> UploadedFile:
+async def upload_file(request: Request, services: ServicesDep, caller: CallerDep) -> UploadedFile:
     """Upload one file, then send a message with its `file_id` in `attachments`.
 
     Its content decides what it is. Images (JPEG, PNG, GIF, WebP) are encoded afresh, upright and without metadata, and
@@ -52,8 +52,8 @@ async def upload(request: Request, services: ServicesDep, caller: CallerDep) -> 
         return await services.files.add(caller.user_id, incoming, part.name, part.content_type)
 
 
-@router.post("/resume", summary="Catch up", responses=problems(401))
-async def resume(services: ServicesDep, caller: CallerDep, body: ResumeIn) -> list[CatchUpEvent]:
+@router.post("/resume", summary="Catch up")
+async def catch_up(services: ServicesDep, caller: CallerDep, body: ResumeIn) -> list[CatchUpEvent]:
     """What the caller missed since the versions it gives: the events that `resume` over the socket would send.
 
     The last one is `resumed`; with `complete: false` there is more: apply what came and ask again.

@@ -5,14 +5,13 @@ from __future__ import annotations
 from fastapi import APIRouter
 
 from app.api.deps import CallerDep, ServicesDep
-from app.api.problems import problems
 from app.db.schemas import PushDeviceIn
 
 router = APIRouter(prefix="/push", tags=["Push"])
 
 
-@router.put("/device", status_code=204, summary="Register this device for push", responses=problems(401, 422, 429, 503))
-async def register_device(body: PushDeviceIn, services: ServicesDep, caller: CallerDep) -> None:
+@router.put("/device", status_code=204, summary="Register this device for push")
+async def register_push_device(body: PushDeviceIn, services: ServicesDep, caller: CallerDep) -> None:
     """Push messages to this device while it has no open socket.
 
     Repeat it whenever Firebase gives the app a new token. A session has one; a token that another session had
@@ -21,7 +20,7 @@ async def register_device(body: PushDeviceIn, services: ServicesDep, caller: Cal
     await services.notifications.register_device(caller, body)
 
 
-@router.delete("/device", status_code=204, summary="Stop push to this device", responses=problems(401, 429, 503))
-async def forget_device(services: ServicesDep, caller: CallerDep) -> None:
+@router.delete("/device", status_code=204, summary="Stop push to this device")
+async def forget_push_device(services: ServicesDep, caller: CallerDep) -> None:
     """Push nothing to this device any more."""
     await services.notifications.forget_device(caller)

@@ -5,20 +5,19 @@ from __future__ import annotations
 from fastapi import APIRouter
 
 from app.api.deps import CallerDep, ServicesDep, UowDep
-from app.api.problems import problems
 from app.db.schemas import UserSettings, UserSettingsIn
 
 router = APIRouter(prefix="/users/me/settings", tags=["Users"])
 
 
-@router.get("", summary="My settings", responses=problems(401))
-async def user_settings(services: ServicesDep, caller: CallerDep) -> UserSettings:
+@router.get("", summary="My settings")
+async def get_my_settings(services: ServicesDep, caller: CallerDep) -> UserSettings:
     """What the caller is notified of."""
     return await services.user_settings.get(caller.user_id)
 
 
-@router.patch("", summary="Change my settings", responses=problems(401))
-async def change_user_settings(
+@router.patch("", summary="Change my settings")
+async def update_my_settings(
     services: ServicesDep, caller: CallerDep, uow: UowDep, body: UserSettingsIn
 ) -> UserSettings:
     """Change what is given; what is left out stays."""

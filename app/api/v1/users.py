@@ -26,13 +26,13 @@ PROFILE_EXAMPLES = {
 }
 
 
-@router.get("/me", summary="My profile", responses=problems(401, 429, 503))
-async def me(services: ServicesDep, caller: CallerDep) -> Me:
+@router.get("/me", summary="My profile")
+async def get_me(services: ServicesDep, caller: CallerDep) -> Me:
     """One's own profile, with what only its owner sees."""
     return await services.users.me(caller.user_id)
 
 
-@router.patch("/me", summary="Change my profile", responses=problems(401, 409, 422, 429, 503))
+@router.patch("/me", summary="Change my profile", responses=problems("username_taken", "username_reserved"))
 async def update_me(
     body: Annotated[ProfileIn, Body(openapi_examples=PROFILE_EXAMPLES)],
     services: ServicesDep,
@@ -43,8 +43,8 @@ async def update_me(
     return await services.users.update_profile(uow, caller.user_id, body)
 
 
-@router.get("/search", summary="Find people", responses=problems(401, 422, 429, 503))
-async def search(
+@router.get("/search", summary="Find people", responses=problems("query_too_short"))
+async def search_users(
     q: Annotated[
         SearchText,
         Query(description="At least 3 characters, not counting an @ before them.", examples=["john"]),
@@ -52,7 +52,7 @@ async def search(
     services: ServicesDep,
     caller: CallerDep,
     cursor: SearchCursor = None,
-    limit: Annotated[int, Query(ge=1, le=20)] = 20,
+    limit: Annotated[int, Query(ge=1, le=20, description="People of a page, at most.")] = 20,
 ) -> UserPage:
     """People whose username, then those whose display name begins with `q`, whatever its case.
 
@@ -61,27 +61,27 @@ async def search(
     return await services.users.search(caller.user_id, q, cursor, limit)
 
 
-@router.get("/username-available", summary="Is a username free?", responses=problems(422, 429, 503))
-async def username_available(
-    username: Annotated[Username, Query()], services: ServicesDep, ip: ClientIp
-) -> Availability:
+@router.get(
+    "/username-available", summary="Is a username free?", responses=problems("rate_limited", "database_unavailable")
+)
+async def check_username(username: Annotated[Username, Query()], services: ServicesDep, ip: ClientIp) -> Availability:
     """Whether a username can be taken now; open to those who are about to register. Only taking it decides."""
     return await services.users.username_available(username, ip)
 
 
-@router.get("/blocked", summary="List the blocked", responses=problems(401, 422, 429, 503))
-async def list_blocked(
+@router.get("/blocked", summary="List the blocked")
+async def list_blocked_users(
     services: ServicesDep,
     caller: CallerDep,
     cursor: BlockedCursor = None,
-    limit: Annotated[int, Query(ge=1, le=100)] = 50,
+    limit: Annotated[int, Query(ge=1, le=100, description="People of a page, at most.")] = 50,
 ) -> UserPage:
     """The people one has blocked."""
     return await services.blocks.list_blocked(caller.user_id, cursor, limit)
 
 
-@router.get("/{user_id:int}", summary="Somebody's profile", responses=problems(401, 404, 422, 429, 503))
-async def profile(user_id: UserId, services: ServicesDep, caller: CallerDep) -> Profile:
+@router.get("/{user_id:int}", summary="Somebody's profile")
+async def get_user(user_id: UserId, services: ServicesDep, caller: CallerDep) -> Profile:
     """A person, with their presence if there is a personal chat with them and no block.
 
     404 `user_not_found`, for people who do not exist and for those who blocked the caller.
@@ -89,8 +89,8 @@ async def profile(user_id: UserId, services: ServicesDep, caller: CallerDep) -> 
     return await services.users.profile(caller.user_id, user_id)
 
 
-@router.post("/block/{user_id:int}", status_code=204, summary="Block", responses=problems(401, 404, 409, 422, 429, 503))
-async def block(user_id: UserId, services: ServicesDep, caller: CallerDep, uow: UowDep) -> None:
+@router.post("/block/{user_id:int}", status_code=204, summary="Block", responses=problems("cannot_block_self"))
+async def block_user(user_id: UserId, services: ServicesDep, caller: CallerDep, uow: UowDep) -> None:
     """Block somebody: no message, typing, presence or profile passes between the two. They are not told.
 
     In common groups both stay and hear each other. 404 `user_not_found`, 409 `cannot_block_self`.
@@ -98,7 +98,7 @@ async def block(user_id: UserId, services: ServicesDep, caller: CallerDep, uow: 
     await services.blocks.block(uow, caller.user_id, user_id)
 
 
-@router.delete("/block/{user_id:int}", status_code=204, summary="Unblock", responses=problems(401, 404, 422, 429, 503))
-async def unblock(user_id: UserId, services: ServicesDep, caller: CallerDep, uow: UowDep) -> None:
+@router.delete("/block/{user_id:int}", status_code=204, summary="Unblock")
+async def unblock_user(user_id: UserId, services: ServicesDep, caller: CallerDep, uow: UowDep) -> None:
     """Unblock somebody. 404 `user_not_found`."""
     await services.blocks.unblock(uow, caller.user_id, user_id)
