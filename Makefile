@@ -73,7 +73,7 @@ crash: $(DEV) ## kill the server at random moments; nothing acknowledged may be 
 schemathesis: $(DEV) ## fuzz the HTTP API from its own OpenAPI document
 	$(BIN)/python -m pytest -m schemathesis $(ARGS)
 
-deployment: $(DEV) ## build and run the image; on Debian as root, no Docker needed
+deployment: $(DEV) ## build and run the image, and a real nginx; on Debian as root, no Docker needed
 	$(BIN)/python -m pytest -m deployment $(ARGS)
 
 bench: $(DEV) ## measure throughput and latency
