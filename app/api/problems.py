@@ -140,6 +140,9 @@ def describe(document: dict[str, Any]) -> dict[str, Any]:
     schema = TypeAdapter(Problem).json_schema(ref_template="#/components/schemas/{model}")
     schemas = document["components"]["schemas"]
     schemas |= {**schema.pop("$defs"), "Problem": schema}
+    document["components"]["examples"] = {
+        code: _example(code) for code in PROBLEM_EXAMPLES if code != "invalid_request"
+    }
     for path in document["paths"].values():
         for method, operation in path.items():
             _complete(operation, method, schemas)
@@ -170,7 +173,7 @@ def _complete(operation: dict[str, Any], method: str, schemas: dict[str, Any]) -
         if examples is None:
             continue
         if "invalid_request" in examples and wrong is not None:
-            examples["invalid_request"]["value"]["errors"] = [wrong]
+            examples["invalid_request"] = _example("invalid_request", wrong=wrong)
         response["description"] = f"{_title(int(status))}: {', '.join(f'`{code}`' for code in examples)}."
     operation["responses"] = dict(sorted(responses.items()))
 
@@ -208,9 +211,14 @@ def _add_code(responses: dict[Any, dict[str, Any]], status: int | str, code: str
     )
     if example.status in HEADERS:
         response["headers"] = HEADERS[example.status]
-    errors: list[FieldError] = [{"loc": ["body", example.field], "msg": example.detail}] if example.field else []
-    value = _body(example.status, code, example.detail, errors)
-    response["content"][MEDIA_TYPE]["examples"][code] = {"summary": example.detail, "value": value}
+    response["content"][MEDIA_TYPE]["examples"][code] = {"$ref": f"#/components/examples/{code}"}
+
+
+def _example(code: str, *, wrong: FieldError | None = None) -> dict[str, Any]:
+    status, detail, field = PROBLEM_EXAMPLES[code]
+    if field is not None:
+        wrong = {"loc": ["body", field], "msg": detail}
+    return {"summary": detail, "value": _body(status, code, detail, [wrong] if wrong else [])}
 
 
 def _first_mistake(operation: dict[str, Any], schemas: dict[str, Any]) -> FieldError | None:

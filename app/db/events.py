@@ -14,7 +14,6 @@ from typing_extensions import TypedDict
 from app.db.schemas import (
     CLIENT_ID,
     EPOCH,
-    SENDABLE,
     AccessToken,
     AccountVersion,
     AttachmentIds,
@@ -39,6 +38,7 @@ from app.db.schemas import (
     UserId,
     UserSettings,
     Version,
+    sendable,
 )
 
 Ref = Annotated[
@@ -59,7 +59,7 @@ class Command(In):
 class NewMessageCommand(Command):
     """Send a message. Answered by `ack` once it is stored for good; everybody in the chat gets `new_message`."""
 
-    model_config = ConfigDict(json_schema_extra=SENDABLE)
+    model_config = ConfigDict(json_schema_extra=sendable)
 
     type: Literal["new_message"]
     chat_id: ChatId

@@ -9,10 +9,10 @@ from __future__ import annotations
 import re
 import unicodedata
 from datetime import UTC, datetime
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 from uuid import UUID
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, WithJsonSchema
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 from typing_extensions import TypedDict
 
 MAX_ID = 2**53 - 1
@@ -396,30 +396,25 @@ AttachmentIds = Annotated[
     ),
 ]
 
-SENDABLE: dict[str, JsonValue] = {
-    "oneOf": [
-        {
-            "title": "Text",
-            "properties": {"message_type": {"const": "text"}, "attachments": {"maxItems": 0}},
-            "required": ["content"],
-        },
-        {
-            "title": "Media, with or without a caption",
-            "properties": {
-                "message_type": {"enum": ["image", "video", "audio", "file"]},
-                "attachments": {"minItems": 1},
-            },
-            "required": ["message_type", "attachments"],
-        },
-    ]
-}
-"""JSON Schema of what goes together in a message to send."""
+
+def sendable(schema: dict[str, Any]) -> None:
+    """Tell in JSON Schema what goes together in a message to send: text, or files with or without a caption.
+
+    Not by `oneOf`: generators of clients make two classes of it, and lose the fields that both share.
+    """
+    schema |= {
+        "if": {"properties": {"message_type": {"const": "text"}}},
+        "then": {"properties": {"attachments": {"maxItems": 0}}, "required": ["content"]},
+        "else": {"properties": {"attachments": {"minItems": 1}}, "required": ["attachments"]},
+    }
+    # A client that fills in defaults would send the empty text, which is refused.
+    del schema["properties"]["content"]["default"]
 
 
 class MessageIn(In):
     """A message to send: text, or files with or without a caption."""
 
-    model_config = ConfigDict(json_schema_extra=SENDABLE)
+    model_config = ConfigDict(json_schema_extra=sendable)
 
     content: Content = ""
     message_type: SendableType = "text"
