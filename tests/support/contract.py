@@ -49,16 +49,23 @@ def _patterns() -> list[tuple[re.Pattern[str], str]]:
     return [(re.compile(re.sub(r"\\{\w+\\}", "[^/]+", re.escape(path))), path) for path in paths]
 
 
+def operation_of(request: httpx.Request) -> tuple[str, str] | None:
+    """(path, method) of the operation that a request asks for; None where the document knows none."""
+    method = request.method.lower()
+    path = next((path for pattern, path in _patterns() if pattern.fullmatch(request.url.path)), "")
+    return (path, method) if method in document()["paths"].get(path, {}) else None
+
+
 async def judge(response: httpx.Response) -> None:
     """Fail unless the document tells of this answer. A response hook of httpx clients."""
-    request = response.request
-    method, status = request.method.lower(), str(response.status_code)
-    path = next((path for pattern, path in _patterns() if pattern.fullmatch(request.url.path)), None)
-    operation = document()["paths"].get(path, {}).get(method)
-    media_type = response.headers.get("content-type", "").partition(";")[0]
-    if path is None or operation is None:
+    found = operation_of(response.request)
+    if found is None:
         return
-    what = f"{request.method} {path} answered {status}"
+    path, method = found
+    operation = document()["paths"][path][method]
+    status = str(response.status_code)
+    media_type = response.headers.get("content-type", "").partition(";")[0]
+    what = f"{method.upper()} {path} answered {status}"
     if response.status_code == 204 or media_type not in (PROBLEM, "application/json"):
         assert status in operation["responses"], f"{what}, which its documentation does not tell of"
         content = operation["responses"][status].get("content", {})
