@@ -42,13 +42,15 @@ test: $(DEV) ## run the tests on SQLite, and on MySQL too if DIALECT_TEST_MYSQL_
 
 check: lint test ## everything a change must pass: lint, then the tests
 
-lint: $(DEV) ## formatting, ruff, mypy, the import contracts, shell scripts and the Dockerfile
+lint: $(DEV) ## formatting, ruff, mypy, the import contracts, shell scripts, the Dockerfile and compose.yaml
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/shellcheck scripts/*.sh .ci/run
 	$(BIN)/hadolint Dockerfile
+	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec compose.yaml
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 
 format: $(DEV) ## format the code and mend what ruff can mend
 	$(BIN)/ruff format .
