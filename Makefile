@@ -75,7 +75,7 @@ schemathesis: $(DEV) ## fuzz the HTTP API from its own OpenAPI document
 	$(BIN)/python -m pytest -m schemathesis $(ARGS)
 
 deployment: $(DEV) ## build and run the image and a real nginx; on Debian as root, no Docker needed
-	$(BIN)/python -m pytest -m deployment $(ARGS)
+	$(BIN)/python -m pytest -m deployment -n 2 --dist loadfile $(ARGS)
 
 bench: $(DEV) ## measure throughput and latency
 	$(BIN)/python -m bench $(ARGS)
