@@ -42,7 +42,7 @@ test: $(DEV) ## run the tests on SQLite, and on MySQL too if DIALECT_TEST_MYSQL_
 
 check: lint test ## everything a change must pass: lint, then the tests
 
-lint: $(DEV) ## formatting, ruff, mypy, the import contracts, shell scripts, Dockerfile and compose.yaml
+lint: $(DEV) ## formatting, ruff, mypy, the import contracts, shell scripts, the Dockerfile and compose.yaml
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -50,6 +50,7 @@ lint: $(DEV) ## formatting, ruff, mypy, the import contracts, shell scripts, Doc
 	$(BIN)/shellcheck scripts/*.sh .ci/run
 	$(BIN)/hadolint Dockerfile
 	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec compose.yaml
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 
 format: $(DEV) ## format the code and mend what ruff can mend
 	$(BIN)/ruff format .
@@ -73,8 +74,8 @@ crash: $(DEV) ## kill the server at random moments; nothing acknowledged may be 
 schemathesis: $(DEV) ## fuzz the HTTP API from its own OpenAPI document
 	$(BIN)/python -m pytest -m schemathesis $(ARGS)
 
-deployment: $(DEV) ## build and run the image, and a real nginx; on Debian as root, no Docker needed
-	$(BIN)/python -m pytest -m deployment $(ARGS)
+deployment: $(DEV) ## build and run the image and a real nginx; on Debian as root, no Docker needed
+	$(BIN)/python -m pytest -m deployment -n 2 --dist loadfile $(ARGS)
 
 bench: $(DEV) ## measure throughput and latency
 	$(BIN)/python -m bench $(ARGS)

@@ -19,6 +19,8 @@ from app.core.config import Settings
 from tests.conftest import StartServer
 from tests.support.accounts import register
 from tests.support.databases import SECRET_KEY, make_settings
+from tests.support.images import image
+from tests.support.people import people
 from tests.support.secrets import check_log
 from tests.support.servers import COMMANDS, ROOT, Door, Server, environment, run
 
@@ -118,6 +120,16 @@ def test_development_makes_a_key_of_its_own_and_keeps_it_private(clone: Path, cl
     assert first.stdout == second.stdout
     assert len(first.stdout.strip()) >= 32
     assert stat.S_IMODE((clone / ".secret_key").stat().st_mode) == 0o600
+
+
+async def test_a_relative_folder_of_files_is_in_the_folder_where_the_server_was_started(
+    settings: Settings, start_server: StartServer, tmp_path: Path
+) -> None:
+    server = start_server(settings.model_copy(update={"upload_path": Path("files")}))
+    async with server.client() as client:
+        [someone] = await people(client, 1)
+        await someone.upload(image(), "a.png", "image/png")
+    assert any(path.is_file() for path in (tmp_path / "files").rglob("*"))
 
 
 # --- what keeps it from starting --------------------------------------------------------------------------------

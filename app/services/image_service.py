@@ -47,8 +47,8 @@ class ImageService:
 
     def _job(self, source: Path, target: Path, edges: list[int], *, square: bool) -> Job:
         return Job(
-            source=str(source),
-            target=str(target),
+            source=str(source.absolute()),  # the worker starts in another folder
+            target=str(target.absolute()),
             max_pixels=self._settings.max_image_pixels,
             max_frames=self._settings.max_image_frames,
             edges=edges,
