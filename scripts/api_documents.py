@@ -20,6 +20,7 @@ if str(ROOT) not in sys.path:  # as a script, only this folder is on the path
 import yaml  # noqa: E402
 
 from app import __version__  # noqa: E402
+from app.api.examples import example_of  # noqa: E402
 from app.api.webhooks import event_schemas, summary_of, type_of  # noqa: E402
 from app.db.events import COMMANDS, AnyCommand, AnyEvent  # noqa: E402
 
@@ -90,6 +91,7 @@ _Dumper.add_representer(str, _text)
 def _asyncapi() -> dict[str, Any]:
     commands, events = get_args(AnyCommand), get_args(AnyEvent)
     command_schemas = COMMANDS.json_schema(ref_template="#/components/schemas/{model}")["$defs"]
+    schemas = dict(sorted({**command_schemas, **event_schemas()}.items()))
     kinds = {kind.__name__: kind for kind in (*commands, *events)}
     return {
         "asyncapi": "3.0.0",
@@ -123,10 +125,11 @@ def _asyncapi() -> dict[str, Any]:
                     "summary": summary_of(kind),
                     "description": inspect.getdoc(kind),
                     "payload": _ref("components", "schemas", name),
+                    "examples": [{"payload": example_of(schemas[name], schemas)}],
                 }
                 for name, kind in kinds.items()
             },
-            "schemas": dict(sorted({**command_schemas, **event_schemas()}.items())),
+            "schemas": schemas,
             "securitySchemes": SECURITY,
         },
     }

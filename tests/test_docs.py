@@ -12,6 +12,7 @@ from typing import Any, get_args, get_type_hints
 
 import pytest
 import yaml
+from jsonschema_rs import Draft202012Validator
 
 from app.api.problems import CODES, DETAILS
 from app.core import errors
@@ -186,6 +187,19 @@ def test_asyncapi_has_every_command_and_event(asyncapi: Any) -> None:
         for message in messages:
             schema = _resolve(asyncapi, message["payload"]["$ref"])
             assert schema["properties"]["type"]["const"] == message["name"]
+
+
+def test_asyncapi_has_an_example_of_every_frame_that_its_schema_accepts(asyncapi: Any) -> None:
+    components = asyncapi["components"]
+    for name, message in components["messages"].items():
+        schema = {**components["schemas"][name], "components": components}  # beside it, so that references resolve
+        [example] = message["examples"]
+        errors = [
+            str(error) for error in Draft202012Validator(schema, validate_formats=True).iter_errors(example["payload"])
+        ]
+        assert not errors, (name, errors)
+        if name.endswith("Command"):
+            events.COMMANDS.validate_json(json.dumps(example["payload"]))
 
 
 def test_openapi_has_every_event_as_a_webhook(openapi: Any) -> None:

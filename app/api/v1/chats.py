@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from fastapi import APIRouter, Path, Query, Response
+from fastapi import APIRouter, Body, Path, Query, Response
+from fastapi.openapi.models import Example
 
 from app.api.deps import CallerDep, ServicesDep, UowDep, cursor_query
 from app.api.problems import problems
 from app.db.events import DeleteMessageCommand, EditMessageCommand, MessageReadCommand, NewMessageCommand
 from app.db.schemas import (
+    CLIENT_ID,
     MAX_ID,
     Chat,
     ChatEditIn,
@@ -38,6 +40,19 @@ BLOCKED = ("peer_blocked", "peer_unavailable")
 WRITER = ("overloaded", "shutting_down")
 """Why the writer of messages takes none."""
 Limit = Annotated[int, Query(ge=1, le=100, description="Items of a page.")]
+
+SEND_EXAMPLES: dict[str, Example] = {
+    "text": {"summary": "Text", "value": {"content": "Hello world!"}},
+    "retry": {
+        "summary": "Text that can be sent again without becoming two messages",
+        "value": {"content": "Hello world!", "client_id": CLIENT_ID},
+    },
+    "reply": {"summary": "An answer", "value": {"content": "Hello!", "reply_to": 42}},
+    "album": {
+        "summary": "Two uploaded pictures with a caption",
+        "value": {"message_type": "image", "content": "Oslo", "attachments": [7, 8]},
+    },
+}
 
 
 @router.get("", summary="My chats")
@@ -179,7 +194,12 @@ async def leave_chat(services: ServicesDep, caller: CallerDep, uow: UowDep, chat
         *WRITER,
     ),
 )
-async def send_message(services: ServicesDep, caller: CallerDep, chat_id: ChatId, body: MessageIn) -> Sent:
+async def send_message(
+    services: ServicesDep,
+    caller: CallerDep,
+    chat_id: ChatId,
+    body: Annotated[MessageIn, Body(openapi_examples=SEND_EXAMPLES)],
+) -> Sent:
     """Store a message for good and tell everybody in the chat: the same as `new_message` over the socket.
 
     With a `client_id`, a retry gets the first answer, whenever it comes and over whichever door.
