@@ -5,6 +5,7 @@ From the outside in: StartupGuard, RequestLog, SecurityHeaders, CORS, LastResort
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import re
@@ -21,7 +22,7 @@ from starlette.websockets import WebSocketDisconnect
 from app.api.problems import DETAILS, BodyRefused, error_response, internal_error
 from app.core.clock import Clock
 from app.core.config import Settings
-from app.core.errors import BadInput, DialectError, NotFound, StartupError, TooLarge
+from app.core.errors import BadInput, DialectError, NotFound, StartupError, TooLarge, file_too_large
 from app.core.logging import request_id
 
 log = logging.getLogger(__name__)
@@ -210,16 +211,24 @@ class LastResort:
 
 MULTIPART_BYTES = 16 * 1024
 """What may stand around a file in a body."""
+LINGER_BYTES = 64 * 1024
+"""A body up to this size has come with its request, or will fit the buffers on the way."""
+LINGER_SECONDS = 10.0
+LINGER_IDLE_SECONDS = 2.0
 
 
 class BodyGuard:
-    """Stops bodies above the limit as they stream in, and JSON that later rooms could not store or answer."""
+    """Stops bodies above the limit as they stream in, and JSON that later rooms could not store or answer.
+
+    Who is refused in the middle of an upload may still be sending: closing on them would reset the connection, and
+    most clients would never see the answer. So the rest is read for a while, and thrown away.
+    """
 
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
         self.app = app
         self.max_bytes = settings.max_body_bytes
-        self.max_upload_bytes = settings.max_upload_bytes + MULTIPART_BYTES
-        self.max_avatar_bytes = settings.max_avatar_bytes + MULTIPART_BYTES
+        self.max_upload_bytes = settings.max_upload_bytes
+        self.max_avatar_bytes = settings.max_avatar_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -235,20 +244,43 @@ class BodyGuard:
         headers = Headers(scope=scope)
         declared = headers.get("content-length", "")
         is_json = "json" in headers.get("content-type", "").lower()
-        max_bytes = self._max_bytes(scope["path"])
-        seen = 0
+        max_bytes, too_large = self._limit(scope["path"])
+        is_long = "transfer-encoding" in headers or (declared.isdecimal() and int(declared) > LINGER_BYTES)
+        seen, ended = 0, not (is_long and UPLOAD_PATH.fullmatch(scope["path"]))
         chunks: list[bytes] = []
+
+        async def take() -> Message:
+            nonlocal ended
+            message = await receive()
+            ended = ended or message["type"] != "http.request" or not message.get("more_body", False)
+            return message
+
+        async def linger() -> None:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(LINGER_SECONDS):
+                    while not ended:
+                        async with asyncio.timeout(LINGER_IDLE_SECONDS):
+                            await take()
+
+        async def answer(message: Message) -> None:
+            if not ended and message["type"] == "http.response.start":
+                MutableHeaders(scope=message)["Connection"] = "close"
+            elif not ended and not message.get("more_body", False):
+                await send({**message, "more_body": True})
+                await linger()
+                message = {"type": "http.response.body"}
+            await send(message)
 
         async def guarded() -> Message:
             nonlocal seen
             if declared.isdecimal() and int(declared) > max_bytes:
-                raise _refused(TooLarge("body_too_large", f"A body may have {max_bytes} bytes."))
-            message = await receive()
+                raise _refused(too_large)
+            message = await take()
             if message["type"] == "http.request":
                 chunk = message.get("body", b"")
                 seen += len(chunk)
                 if seen > max_bytes:
-                    raise _refused(TooLarge("body_too_large", f"A body may have {max_bytes} bytes."))
+                    raise _refused(too_large)
                 if is_json:
                     chunks.append(chunk)
                     if not message.get("more_body", False):
@@ -256,15 +288,20 @@ class BodyGuard:
             return message
 
         # The body of a GET is nobody's: a response that streams looks there only for the client's leaving.
-        await self.app(scope, receive if scope["method"] in ("GET", "HEAD") else guarded, send)
+        if scope["method"] in ("GET", "HEAD"):
+            await self.app(scope, receive, send)
+        else:
+            await self.app(scope, guarded, answer)
 
-    def _max_bytes(self, path: str) -> int:
-        if path == "/api/v1/messages/upload":
-            return self.max_upload_bytes
-        return self.max_avatar_bytes if AVATAR_PATH.fullmatch(path) else self.max_bytes
+    def _limit(self, path: str) -> tuple[int, TooLarge]:
+        match = UPLOAD_PATH.fullmatch(path)
+        if match is None:
+            return self.max_bytes, TooLarge("body_too_large", f"A body may have {self.max_bytes} bytes.")
+        limit = self.max_avatar_bytes if match["avatar"] else self.max_upload_bytes
+        return limit + MULTIPART_BYTES, file_too_large(limit)
 
 
-AVATAR_PATH = re.compile(r"/api/v1/(users/me|chats/\d+)/avatar")
+UPLOAD_PATH = re.compile(r"/api/v1/(messages/upload|(?P<avatar>(users/me|chats/\d+)/avatar))")
 
 
 def check_json(chunks: Iterable[bytes]) -> None:

@@ -11,10 +11,9 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import ClientDisconnect
 
+from app.core.config import Settings
 from app.core.errors import BadInput
 
-IDLE_SECONDS = 60
-"""A sender that is silent for so long has gone."""
 FIELD = "file"
 
 UPLOAD_BODY = {
@@ -58,7 +57,7 @@ class _Reader:
     def __init__(self) -> None:
         self.part = FilePart()
         self.data: list[bytes] = []
-        self.ended = False
+        self.complete = False
         self._parts = 0
         self._header = self._value = b""
         self._headers: dict[bytes, bytes] = {}
@@ -89,17 +88,17 @@ class _Reader:
         self.data.append(data[start:end])
 
     def on_end(self) -> None:
-        self.ended = True
+        self.complete = self._parts == 1
 
 
 def _invalid(detail: str) -> BadInput:
     return BadInput("invalid_upload", detail, field=FIELD)
 
 
-async def receive_file(request: Request, write: Callable[[bytes], Awaitable[None]]) -> FilePart:
+async def receive_file(request: Request, settings: Settings, write: Callable[[bytes], Awaitable[None]]) -> FilePart:
     """Read a body to its end and give the file in it to `write`. The pace is the slower one's of sender and `write`.
 
-    Raises BadInput (`invalid_upload`), and what `write` raises.
+    Raises BadInput (`invalid_upload`; so ends, too, who sends nothing or next to nothing), and what `write` raises.
     """
     kind, options = parse_options_header(request.headers.get("content-type", ""))
     boundary = options.get(b"boundary", b"")
@@ -119,12 +118,19 @@ async def receive_file(request: Request, write: Callable[[bytes], Awaitable[None
         },
     )
     chunks = request.stream()
+    clock = asyncio.get_running_loop().time
+    waited, received = 0.0, 0  # our own waiting for the disk is not the sender's fault
     try:
         while True:
-            async with asyncio.timeout(IDLE_SECONDS):
+            begun = clock()
+            async with asyncio.timeout(settings.upload_idle_seconds):
                 chunk = await anext(chunks, None)
             if chunk is None:
                 break
+            waited += clock() - begun
+            received += len(chunk)
+            if waited > settings.upload_idle_seconds + received / settings.upload_min_bytes_per_second:
+                raise _invalid("The body comes too slowly.")
             parser.write(chunk)
             data, reader.data = reader.data, []
             for piece in data:
@@ -133,6 +139,6 @@ async def receive_file(request: Request, write: Callable[[bytes], Awaitable[None
         raise _invalid("The body is not well-formed multipart/form-data.") from None
     except (ClientDisconnect, TimeoutError):
         raise _invalid("The body ended before it was complete.") from None
-    if not reader.ended:
+    if not reader.complete:
         raise _invalid("The body ended before it was complete.")
     return reader.part

@@ -70,6 +70,11 @@ class Settings(BaseSettings):
     # Files
     upload_path: Path = Field(Path("uploads"), description="Where files are kept, and where they come in.")
     max_upload_bytes: int = Field(50 * 1024 * 1024, ge=1024, description="Largest file.")
+    upload_idle_seconds: float = Field(60, gt=0, description="An upload that brings nothing for so long is given up.")
+    upload_min_bytes_per_second: int = Field(
+        1024, ge=1, description="An upload that stays slower than this is given up."
+    )
+    max_uploads_at_once: int = Field(10, ge=1, description="Uploads of one account under way at the same time.")
     max_avatar_bytes: int = Field(10 * 1024 * 1024, ge=1024, description="Largest picture for an avatar.")
     max_stored_bytes_per_user: int = Field(
         10 * 1024**3, ge=0, description="All files of one account together; 0 for no bound."

@@ -108,6 +108,11 @@ def file_not_found() -> NotFound:
     return NotFound("file_not_found", "There is no such file.")
 
 
+def file_too_large(limit: int) -> TooLarge:
+    """The one answer for a file above the limit, whether its length says so or its bytes."""
+    return TooLarge("file_too_large", f"A file may have {limit} bytes.")
+
+
 def user_not_found() -> NotFound:
     """The one answer for a user who is missing, or hidden from the caller."""
     return NotFound("user_not_found", "There is no such user.")

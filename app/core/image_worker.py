@@ -71,7 +71,7 @@ def limit_process() -> None:
 
 def work(job: Job) -> Decoded:
     """Decode, turn upright, encode afresh, make smaller copies. Raises RefusedImage."""
-    from PIL import Image, ImageOps
+    from PIL import Image, ImageFile, ImageOps
 
     Image.MAX_IMAGE_PIXELS = None  # our own bound, below, is lower and looks before anything is decoded
     try:
@@ -81,27 +81,33 @@ def work(job: Job) -> Decoded:
                 raise RefusedImage(
                     "image_too_large", f"An image has at most {job.max_pixels // 1_000_000} million pixels."
                 )
-            frames = getattr(image, "n_frames", 1)
+            # A phone's JPEG may bring a second picture (depth, light): MPO, of which the first is the photo.
+            kind = "JPEG" if image.format == "MPO" else str(image.format)
+            frames = 1 if kind == "JPEG" else getattr(image, "n_frames", 1)
             if frames > job.max_frames:
                 raise RefusedImage("image_too_large", f"An animation has at most {job.max_frames} pictures.")
             if frames * width * height > job.max_pixels * 4:
                 raise RefusedImage("image_too_large", "The animation has too many pixels in all.")
-            kind = str(image.format)
+            if job.square:
+                image.draft(None, (2 * max(job.edges), 2 * max(job.edges)))  # a JPEG need not be decoded whole
+            elif frames > 1:
+                _save_animation(image, kind, job.target)
+                image.seek(0)
             image.load()
             first = _upright(image, ImageOps)
-            if not job.square:
-                if frames > 1:
-                    _save_animation(image, kind, job.target)
-                else:
-                    _save(first, kind, job.target)
-            for edge in job.edges:
-                copy = first.convert("RGBA" if _transparent(first) else "RGB")
-                if job.square:
-                    copy = ImageOps.fit(copy, (edge, edge), Image.Resampling.LANCZOS)
-                else:
-                    copy.thumbnail((edge, edge), Image.Resampling.LANCZOS)
-                copy.save(f"{job.target}.{edge}", "WEBP", quality=80, method=4)
-            return Decoded(MEDIA_TYPES[kind], first.width, first.height, _blurhash(first))
+        # One copy of the picture lives at a time from here on: 25 megapixels are 100 MB.
+        if not job.square and frames == 1:
+            ImageFile.MAXBLOCK = 2 * first.width * first.height  # else a JPEG of noise does not fit its buffer
+            _save(first, kind, job.target)
+        for edge in job.edges:
+            if job.square:
+                copy = ImageOps.fit(first, (edge, edge), Image.Resampling.LANCZOS)
+            else:
+                scale = min(1.0, edge / max(first.size))
+                size = (max(1, round(first.width * scale)), max(1, round(first.height * scale)))
+                copy = first.resize(size, Image.Resampling.LANCZOS)
+            copy.save(f"{job.target}.{edge}", "WEBP", quality=80, method=4)
+        return Decoded(MEDIA_TYPES[kind], first.width, first.height, _blurhash(first))
     except RefusedImage:
         raise
     except Exception as error:
@@ -115,8 +121,11 @@ def _transparent(image: Any) -> bool:
 
 def _upright(image: Any, operations: Any) -> Any:
     """The first picture, turned as its EXIF says, in sRGB, with no metadata."""
-    turned = operations.exif_transpose(image)
-    turned = turned.convert("RGBA" if _transparent(turned) else "RGB") if turned.mode not in ("RGB", "RGBA") else turned
+    with contextlib.suppress(Exception):  # EXIF that cannot be read: what it says is lost, the picture is not
+        operations.exif_transpose(image, in_place=True)
+    mode = "RGBA" if _transparent(image) else "RGB"
+    turned = image.convert(mode) if image.mode != mode else image.copy()
+    image.close()
     if profile := turned.info.get("icc_profile"):
         turned = _to_srgb(turned, profile)
     turned.info.clear()
@@ -139,7 +148,7 @@ def _to_srgb(image: Any, profile: bytes) -> Any:
 def _save(image: Any, kind: str, target: str) -> None:
     match kind:
         case "JPEG":
-            image.convert("RGB").save(target, "JPEG", quality=88, optimize=True, progressive=True)
+            image.save(target, "JPEG", quality=88, optimize=True, progressive=True)
         case "WEBP":
             image.save(target, "WEBP", quality=88, method=4)
         case _:
@@ -165,7 +174,7 @@ def _blurhash(image: Any) -> str:
     """https://blurha.sh: a few colours, in a short text, to show until the picture is there."""
     import blurhash
 
-    small = image.convert("RGB").resize((32, 32))
+    small = image.resize((32, 32)).convert("RGB")
     pixels = [[small.getpixel((x, y)) for x in range(32)] for y in range(32)]
     wide = image.width >= image.height
     return str(blurhash.encode(pixels, components_x=4 if wide else 3, components_y=3 if wide else 4))

@@ -13,6 +13,7 @@ import hashlib
 import logging
 import os
 import secrets
+from collections import Counter
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -23,7 +24,15 @@ import puremagic
 
 from app.core.clock import Clock, timestamp
 from app.core.config import Settings
-from app.core.errors import BadInput, DialectError, Forbidden, TooLarge, Unavailable, file_not_found
+from app.core.errors import (
+    BadInput,
+    DialectError,
+    Forbidden,
+    TooManyRequests,
+    Unavailable,
+    file_not_found,
+    file_too_large,
+)
 from app.core.ids import IdAllocator
 from app.db.database import Database
 from app.db.repositories import files as repository
@@ -50,7 +59,7 @@ OCTETS = "application/octet-stream"
 class Incoming:
     """A file as it comes in: bounded, hashed, never whole in memory. Deleted when the block ends."""
 
-    def __init__(self, folder: Path, max_bytes: int) -> None:
+    def __init__(self, folder: Path, max_bytes: int, under_way: Counter[int], user_id: int) -> None:
         self.path = folder / secrets.token_hex(16)
         self.size = 0
         self.head = b""
@@ -58,15 +67,21 @@ class Incoming:
         self._buffer = bytearray()
         self._hash = hashlib.sha256()
         self._file: BinaryIO | None = None
+        self._under_way = under_way
+        self._user_id = user_id
 
     async def __aenter__(self) -> Self:
         try:
             self._file = await asyncio.to_thread(self.path.open, "xb", 0)
         except OSError as error:
             raise storage_full() from error
+        self._under_way[self._user_id] += 1
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        self._under_way[self._user_id] -= 1
+        if not self._under_way[self._user_id]:
+            del self._under_way[self._user_id]
         await asyncio.to_thread(self._close)
 
     def _close(self) -> None:
@@ -88,7 +103,7 @@ class Incoming:
         """Take the next bytes. Raises TooLarge (`file_too_large`) and Unavailable (`storage_unavailable`)."""
         self.size += len(data)
         if self.size > self._max_bytes:
-            raise TooLarge("file_too_large", f"A file may have {self._max_bytes} bytes.")
+            raise file_too_large(self._max_bytes)
         if len(self.head) < HEAD_BYTES:
             self.head += data[: HEAD_BYTES - len(self.head)]
         self._buffer += data
@@ -149,6 +164,7 @@ class FileService:
         self._limiter = limiter
         self._storage = storage
         self._images = images
+        self._under_way: Counter[int] = Counter()
         self._collector: asyncio.Task[None] | None = None
         self._stopping = asyncio.Event()
 
@@ -171,7 +187,10 @@ class FileService:
     async def receive(self, user_id: int, *, max_bytes: int | None = None) -> Incoming:
         """A place for a file to stream into, of at most `max_bytes`. Raises TooManyRequests."""
         await self._limiter.hit("limit_uploads_per_user", user_id)
-        return Incoming(self._settings.upload_path / INCOMING, max_bytes or self._settings.max_upload_bytes)
+        if self._under_way[user_id] >= self._settings.max_uploads_at_once:
+            raise TooManyRequests("rate_limited", "Too many uploads at once; wait until one has ended.", retry_after=1)
+        limit = max_bytes or self._settings.max_upload_bytes
+        return Incoming(self._settings.upload_path / INCOMING, limit, self._under_way, user_id)
 
     async def add(self, user_id: int, incoming: Incoming, name: str, claimed_type: str) -> UploadedFile:
         """Keep what came in. Images are encoded afresh; what claims to be one and is not is refused.

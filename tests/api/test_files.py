@@ -12,11 +12,11 @@ import httpx
 import pytest
 from PIL import Image
 
-from app.api.v1.files import byte_range, disposition
+from app.api.v1.files import byte_range
 from app.core.config import Settings
 from app.services.container import Services
-from app.services.file_service import clean_name, detect
-from tests.support.images import animation, image, photo_with_place, png_bomb
+from app.services.file_service import detect
+from tests.support.images import animation, image, photo_with_place
 from tests.support.people import Json, Person, people
 
 MP4 = b"\x00\x00\x00\x20ftypisom\x00\x00\x02\x00isomiso2avc1mp41" + os.urandom(4096)
@@ -162,6 +162,17 @@ async def test_every_kind_of_image_keeps_its_kind(client: httpx.AsyncClient, kin
         assert (picture.format, picture.size) == (kind, (64, 48))
 
 
+async def test_of_a_jpeg_with_a_second_picture_the_first_is_the_photo(client: httpx.AsyncClient) -> None:
+    output = io.BytesIO()
+    photo, depth = Image.new("RGB", (64, 48), (200, 30, 30)), Image.new("RGB", (32, 24))
+    photo.save(output, "MPO", save_all=True, append_images=[depth])
+    [ann] = await people(client, 1)
+    file = await ann.upload(output.getvalue(), "a.jpg", "image/jpeg")
+    assert (file["media_type"], file["width"], file["height"]) == ("image/jpeg", 64, 48)
+    with Image.open(io.BytesIO((await ann.fetch(file["file_id"])).content)) as picture:
+        assert (picture.format, picture.size) == ("JPEG", (64, 48))
+
+
 async def test_an_animation_stays_one(client: httpx.AsyncClient) -> None:
     [ann] = await people(client, 1)
     file = await ann.upload(animation(12), "a.gif")
@@ -169,113 +180,7 @@ async def test_an_animation_stays_one(client: httpx.AsyncClient) -> None:
         assert getattr(picture, "n_frames", 1) == 12
 
 
-HOSTILE: dict[str, tuple[bytes, str, str]] = {
-    "81 megapixels in 10 KB": (png_bomb(9000, 9000), "a.png", "image/png"),
-    "900 megapixels": (png_bomb(30_000, 30_000), "a.png", "image/png"),
-    "a claim of 2^31 pixels a side": (
-        b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + b"\x7f\xff\xff\xff" * 2 + b"\x08\x02\0\0\0" + b"\0" * 20,
-        "a.png",
-        "image/png",
-    ),
-    "an animation of 101 pictures": (animation(101), "a.gif", "image/gif"),
-    "a truncated JPEG": (photo_with_place()[:2000], "a.jpg", "image/jpeg"),
-    "a truncated PNG": (image(size=(500, 500))[:200], "a.png", "image/png"),
-    "a truncated GIF": (animation(5)[:60], "a.gif", "image/gif"),
-    "a truncated WebP": (image("WEBP", (300, 300))[:60], "a.webp", "image/webp"),
-    "HTML called jpg": (b"<html><script>alert(1)</script></html>", "a.jpg", "text/html"),
-    "HTML that claims image/png": (b"<html><script>alert(1)</script></html>", "a.html", "image/png"),
-    "SVG with a script": (b"<svg xmlns='http://www.w3.org/2000/svg'><script/></svg>", "a.svg", "image/svg+xml"),
-    "SVG called png": (b"<?xml version='1.0'?><svg onload='alert(1)'/>", "a.png", "image/png"),
-    "a GIF that is JavaScript": (b"GIF89a/*" + b"\0" * 20 + b"*/=1;alert(1)//", "a.gif", "image/gif"),
-    "a JPEG header and a zip": (b"\xff\xd8\xff\xe0\0\x10JFIF\0" + b"PK\x03\x04" * 50, "a.jpg", "image/jpeg"),
-    "a BMP": (image("BMP"), "a.bmp", "image/bmp"),
-    "a TIFF": (image("TIFF"), "a.tiff", "image/tiff"),
-    "an icon": (image("ICO"), "a.ico", "image/x-icon"),
-    "nothing but a PNG's signature": (b"\x89PNG\r\n\x1a\n", "a.png", "image/png"),
-    "noise called png": (os.urandom(5000), "a.png", "image/png"),
-    "nothing at all": (b"", "a.png", "image/png"),
-    "a PDF that claims to be an image": (b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n", "a.pdf", "image/jpeg"),
-    "an empty file": (b"", "a.txt", "text/plain"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", HOSTILE)
-async def test_a_hostile_image_is_refused_and_leaves_nothing(
-    client: httpx.AsyncClient, settings: Settings, name: str
-) -> None:
-    [ann] = await people(client, 1)
-    answer = await ann.try_upload(*HOSTILE[name])
-    assert answer.status_code in (413, 422), answer.text
-    assert answer.json()["code"] in ("invalid_image", "image_too_large", "file_empty")
-    assert on_disk(settings) == []
-
-
-@pytest.mark.parametrize(
-    ("data", "name", "content_type"),
-    [
-        (b"<html><script>alert(1)</script></html>", "page.html", "text/html"),
-        (b"%PDF-1.7\n", "a.pdf", "application/pdf"),
-        (b"PK\x03\x04" + os.urandom(100), "a.jar", "application/java-archive"),
-        (b"#!/bin/sh\n", "run.sh", "text/x-sh"),
-        (b"MZ" + os.urandom(100), "CON", "application/x-msdownload"),
-        (MP4, "a.mp4", "video/mp4"),
-        (MP3, "a.mp3", "audio/mpeg"),
-    ],
-)
-async def test_what_is_no_image_is_only_ever_handed_out_for_saving(
-    client: httpx.AsyncClient, data: bytes, name: str, content_type: str
-) -> None:
-    [ann] = await people(client, 1)
-    file = await ann.upload(data, name, content_type)
-    answer = await ann.fetch(file["file_id"])
-    assert answer.content == data
-    assert answer.headers["content-type"] == "application/octet-stream"
-    assert answer.headers["content-disposition"].startswith("attachment;")
-    assert not file["thumbnail"]
-    assert (await ann.fetch(file["file_id"], "/thumbnail")).status_code == 404
-
-
-# --- bodies -----------------------------------------------------------------------------------------------------
-
-PART = b'--b\r\nContent-Disposition: form-data; name="file"; filename="a.txt"\r\n\r\n'
-BODIES: dict[str, tuple[str, bytes]] = {
-    "no body": ("multipart/form-data; boundary=b", b""),
-    "no boundary": ("multipart/form-data", PART + b"x\r\n--b--\r\n"),
-    "a boundary of 71 letters": (f"multipart/form-data; boundary={'b' * 71}", b"--" + b"b" * 71),
-    "JSON": ("application/json", b'{"file": "x"}'),
-    "no type": ("", b"x"),
-    "a form": ("application/x-www-form-urlencoded", b"file=x"),
-    "the end is missing": ("multipart/form-data; boundary=b", PART + b"x"),
-    "another boundary": ("multipart/form-data; boundary=c", PART + b"x\r\n--b--\r\n"),
-    "a field, not a file": (
-        "multipart/form-data; boundary=b", b'--b\r\nContent-Disposition: form-data; name="file"\r\n\r\nx\r\n--b--\r\n'
-    ),
-    "another name": ("multipart/form-data; boundary=b", PART.replace(b'"file"', b'"avatar"') + b"x\r\n--b--\r\n"),
-    "two files": ("multipart/form-data; boundary=b", PART + b"x\r\n" + PART + b"y\r\n--b--\r\n"),
-    "100,000 parts": (
-        "multipart/form-data; boundary=b",
-        b'--b\r\nContent-Disposition: form-data; name="a"\r\n\r\n\r\n' * 10_000 + PART + b"x\r\n--b--\r\n",
-    ),
-    "a thousand headers": (
-        "multipart/form-data; boundary=b",
-        PART.replace(b"\r\n\r\n", b"\r\n" + b"X-A: b\r\n" * 1000 + b"\r\n") + b"x\r\n--b--\r\n",
-    ),
-    "a header of 100 KB": (
-        "multipart/form-data; boundary=b", PART.replace(b"a.txt", b"a" * 100_000) + b"x\r\n--b--\r\n"
-    ),
-    "a broken header": ("multipart/form-data; boundary=b", b"--b\r\n\xff\xfe\x00: x\r\n\r\nx\r\n--b--\r\n"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", BODIES)
-async def test_a_body_that_is_not_one_file_is_refused(client: httpx.AsyncClient, settings: Settings, name: str) -> None:
-    [ann] = await people(client, 1)
-    content_type, body = BODIES[name]
-    headers = {**ann.account.headers, "Content-Type": content_type}
-    answer = await client.post("/api/v1/messages/upload", content=body, headers=headers)
-    assert answer.status_code == 422, answer.text
-    assert answer.json()["code"] in ("invalid_upload", "file_empty")
-    assert on_disk(settings) == []
+# --- limits -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.settings(max_upload_bytes=100_000)
@@ -285,50 +190,13 @@ async def test_a_file_above_the_limit_is_stopped_as_it_streams(client: httpx.Asy
     before = on_disk(settings)
     for size in (100_001, 120_000, 5_000_000):
         answer = await ann.try_upload(b"x" * size)
-        assert (answer.status_code, answer.json()["code"]) in [(413, "file_too_large"), (413, "body_too_large")]
-    sent = 0
-
-    async def endless() -> object:
-        nonlocal sent
-        yield PART
-        while sent < 50_000_000:
-            sent += 65_536
-            yield b"x" * 65_536
-
-    headers = {**ann.account.headers, "Content-Type": "multipart/form-data; boundary=b"}
-    answer = await client.post("/api/v1/messages/upload", content=endless(), headers=headers)  # type: ignore[arg-type]
-    assert (answer.status_code, answer.json()["code"]) in [(413, "file_too_large"), (413, "body_too_large")]
+        assert (answer.status_code, answer.json()["code"]) == (413, "file_too_large")
     assert on_disk(settings) == before
 
 
 async def test_uploading_needs_a_token(client: httpx.AsyncClient, settings: Settings) -> None:
     answer = await client.post("/api/v1/messages/upload", files={"file": ("a", b"x")})
     assert (answer.status_code, on_disk(settings)) == (401, [])
-
-
-@pytest.mark.parametrize(
-    ("name", "shown"),
-    [
-        ("../../etc/passwd", "passwd"),
-        ("..\\..\\boot.ini", "boot.ini"),
-        ("/etc/shadow", "shadow"),
-        ("a\r\nSet-Cookie: x=y", "aSet-Cookie: x=y"),
-        ("a\x00b.txt", "ab.txt"),
-        ("\u202egpj.exe", "gpj.exe"),
-        ("", "file"),
-        ("...", "file"),
-        (".", "file"),
-        ("é" * 300 + ".jpeg", "é" * 125 + ".jpeg"),
-        ("CON", "CON"),
-        ("a;b\"c'd%2e.txt", "a;b\"c'd%2e.txt"),
-    ],
-)
-def test_a_name_is_for_people_and_never_a_path(name: str, shown: str) -> None:
-    assert clean_name(name) == shown
-    assert len(shown.encode()) <= 255
-    header = disposition(shown, inline=False)
-    assert header.isascii()
-    assert not set("\r\n\0") & set(header)
 
 
 @pytest.mark.settings(max_stored_bytes_per_user=1000)

@@ -65,7 +65,7 @@ async def upload_my_avatar(request: Request, services: ServicesDep, caller: Call
     413 `file_too_large`, 422 `invalid_upload`, `invalid_image`, `image_too_large`.
     """
     async with await services.avatars.receive(caller.user_id) as incoming:
-        await receive_file(request, incoming.write)
+        await receive_file(request, services.settings, incoming.write)
         name = await services.avatars.add(caller.user_id, incoming)
     async with services.unit_of_work() as uow:
         me, before = await services.users.set_avatar(uow, caller.user_id, name)
@@ -92,7 +92,7 @@ async def upload_chat_avatar(request: Request, services: ServicesDep, caller: Ca
     """Another picture of a group; its admins only. As for oneself."""
     await services.chats.require_admin(caller.user_id, chat_id)
     async with await services.avatars.receive(caller.user_id) as incoming:
-        await receive_file(request, incoming.write)
+        await receive_file(request, services.settings, incoming.write)
         name = await services.avatars.add(caller.user_id, incoming)
     async with services.unit_of_work() as uow:
         chat, before = await services.chats.set_avatar(uow, caller.user_id, chat_id, name)

@@ -48,7 +48,7 @@ async def upload_file(request: Request, services: ServicesDep, caller: CallerDep
     `image_too_large`.
     """
     async with await services.files.receive(caller.user_id) as incoming:
-        part = await receive_file(request, incoming.write)
+        part = await receive_file(request, services.settings, incoming.write)
         return await services.files.add(caller.user_id, incoming, part.name, part.content_type)
 
 
