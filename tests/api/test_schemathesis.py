@@ -42,6 +42,7 @@ CHECKS = {
     "ignored_auth",
     "object_level_authorization",
 }
+HOOKS = ROOT / "tests" / "support" / "schemathesis_hooks.py"
 LOGIN = {
     "endpoint": "/api/v1/auth/token",
     "verb": "POST",
@@ -77,7 +78,7 @@ async def test_schemathesis_finds_nothing(
             str(Path(sys.executable).with_name("st")),
             *arguments,
             cwd=tmp_path,
-            env={**os.environ, "DIALECT_SCHEMATHESIS_USERS": str(users)},
+            env={**os.environ, "DIALECT_SCHEMATHESIS_USERS": str(users), "SCHEMATHESIS_HOOKS": str(HOOKS)},
             stdout=file,
             stderr=asyncio.subprocess.STDOUT,
         )
