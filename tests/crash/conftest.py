@@ -13,8 +13,7 @@ import pytest
 
 from app.core.config import Settings
 from tests.support.databases import MYSQL_URL, MysqlDatabase, SqliteTemplate, make_settings
-from tests.support.secrets import check_log
-from tests.support.servers import COMMANDS, Door, Server, environment
+from tests.support.servers import COMMANDS, Door, Server, environment, killed_at_the_end
 
 Launch = Callable[..., Server]
 
@@ -36,23 +35,19 @@ def free_port() -> int:
 @pytest.fixture
 def launch(tmp_path: Path) -> Iterator[Launch]:
     """Starts servers on a given port: `launch(settings, port)`; does not wait until they are ready."""
-    started: list[Server] = []
+    with killed_at_the_end() as started:
 
-    def start(settings: Settings, port: int, door: Door = "tuned", *, through: Sequence[str] = ()) -> Server:
-        server = Server(
-            [*through, *COMMANDS[door][:-1], str(port)],
-            cwd=tmp_path,
-            env=environment(settings),
-            log_path=tmp_path / f"launched-{len(started)}.log",
-        )
-        started.append(server)
-        return server
+        def start(settings: Settings, port: int, door: Door = "tuned", *, through: Sequence[str] = ()) -> Server:
+            server = Server(
+                [*through, *COMMANDS[door][:-1], str(port)],
+                cwd=tmp_path,
+                env=environment(settings),
+                log_path=tmp_path / f"launched-{len(started)}.log",
+            )
+            started.append(server)
+            return server
 
-    yield start
-    for server in started:
-        server.kill()
-    for server in started:
-        check_log(server.log, server.log_path.name)
+        yield start
 
 
 @pytest.fixture(autouse=True)

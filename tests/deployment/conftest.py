@@ -12,8 +12,7 @@ import pytest
 
 from scripts.dockerfile import ROOT, Failure, Image, build
 from tests.support.databases import SECRET_KEY
-from tests.support.secrets import check_log
-from tests.support.servers import PATIENCE, Server, environment
+from tests.support.servers import PATIENCE, Server, environment, killed_at_the_end
 
 CONTEXT = ("Dockerfile", ".dockerignore", "requirements.txt", "alembic.ini", "alembic", "app")
 FORGOTTEN = {
@@ -70,24 +69,20 @@ StartContainer = Callable[..., Container]
 @pytest.fixture
 def start_container(image: Image, tmp_path: Path) -> Iterator[StartContainer]:
     """Starts containers of the image: `start_container("migrate", SOME="setting")`; /data is kept between them."""
-    started: list[Container] = []
+    with killed_at_the_end() as started:
 
-    def start(*command: str, **settings: str) -> Container:
-        arguments = image.arguments(
-            command or None,
-            volumes={"/data": tmp_path / "volume"},
-            environment={"SECRET_KEY": SECRET_KEY, "HOST": "127.0.0.1", **settings},
-        )
-        log_path = tmp_path / f"container-{len(started)}.log"
-        container = Container(arguments, cwd=tmp_path, env=environment(), log_path=log_path)
-        started.append(container)
-        return container
+        def start(*command: str, **settings: str) -> Container:
+            arguments = image.arguments(
+                command or None,
+                volumes={"/data": tmp_path / "volume"},
+                environment={"SECRET_KEY": SECRET_KEY, "HOST": "127.0.0.1", **settings},
+            )
+            log_path = tmp_path / f"container-{len(started)}.log"
+            container = Container(arguments, cwd=tmp_path, env=environment(), log_path=log_path)
+            started.append(container)
+            return container
 
-    yield start
-    for container in started:
-        container.kill()
-    for container in started:
-        check_log(container.log, container.log_path.name)
+        yield start
 
 
 def end(container: Container, number: int = signal.SIGTERM) -> int:

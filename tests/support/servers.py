@@ -8,7 +8,8 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -17,6 +18,7 @@ from pydantic import SecretStr
 
 from app.core.config import Settings
 from tests.support.contract import judge
+from tests.support.secrets import check_log
 
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE = 30.0
@@ -159,3 +161,14 @@ class Server:
         with self._changed:
             self._ended = True
             self._changed.notify_all()
+
+
+@contextmanager
+def killed_at_the_end() -> Iterator[list[Server]]:
+    """A list of servers to add to; in the end they are killed and their logs are looked through."""
+    started: list[Server] = []
+    yield started
+    for server in started:
+        server.kill()
+    for server in started:
+        check_log(server.log, server.log_path.name)
