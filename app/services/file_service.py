@@ -71,18 +71,25 @@ class Incoming:
         self._user_id = user_id
 
     async def __aenter__(self) -> Self:
+        # Before anything is waited for: of many that begin at once each must see the others.
+        self._under_way[self._user_id] += 1
         try:
             self._file = await asyncio.to_thread(self.path.open, "xb", 0)
-        except OSError as error:
-            raise storage_full() from error
-        self._under_way[self._user_id] += 1
+        except BaseException as error:
+            self._leave()
+            if isinstance(error, OSError):
+                raise storage_full() from error
+            raise
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        self._leave()
+        await asyncio.to_thread(self._close)
+
+    def _leave(self) -> None:
         self._under_way[self._user_id] -= 1
         if not self._under_way[self._user_id]:
             del self._under_way[self._user_id]
-        await asyncio.to_thread(self._close)
 
     def _close(self) -> None:
         if self._file is not None:

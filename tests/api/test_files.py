@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import io
 import os
 from datetime import timedelta
@@ -14,6 +15,7 @@ from PIL import Image
 
 from app.api.v1.files import byte_range
 from app.core.config import Settings
+from app.core.errors import TooManyRequests
 from app.services.container import Services
 from app.services.file_service import detect
 from tests.support.images import animation, image, photo_with_place
@@ -290,6 +292,20 @@ async def test_what_no_message_holds_is_collected_and_nothing_else(
     await services.files.collect()
     assert [await status(ann, file) for file in files] == [200, 200, 404, 404]
     assert len(on_disk(settings)) == 4
+
+
+@pytest.mark.settings(max_uploads_at_once=3)
+async def test_of_many_uploads_that_begin_at_the_same_moment_no_more_are_let_in(services: Services) -> None:
+    async def begin(stack: contextlib.AsyncExitStack) -> bool:
+        try:
+            await stack.enter_async_context(await services.files.receive(1))
+        except TooManyRequests:
+            return False
+        return True
+
+    for _ in range(2):  # the second time: what has ended counts no more
+        async with contextlib.AsyncExitStack() as stack:
+            assert sum(await asyncio.gather(*(begin(stack) for _ in range(10)))) == 3
 
 
 class _Later:
