@@ -63,7 +63,7 @@ async def test_schemathesis_finds_nothing(
     server: Server, settings: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     engine = "mysql" if settings.uses_mysql else "sqlite"
-    users = await _settle(server, tmp_path)
+    users, user_ids = await _settle(server, tmp_path)
     examples = EXAMPLES or DEFAULT_EXAMPLES[engine]
     output, report, events = tmp_path / "output.txt", tmp_path / "report.json", tmp_path / "events.ndjson"
     arguments = [
@@ -78,7 +78,12 @@ async def test_schemathesis_finds_nothing(
             str(Path(sys.executable).with_name("st")),
             *arguments,
             cwd=tmp_path,
-            env={**os.environ, "DIALECT_SCHEMATHESIS_USERS": str(users), "SCHEMATHESIS_HOOKS": str(HOOKS)},
+            env={
+                **os.environ,
+                "DIALECT_SCHEMATHESIS_USERS": str(users),
+                "DIALECT_SCHEMATHESIS_USER_IDS": json.dumps(user_ids),
+                "SCHEMATHESIS_HOOKS": str(HOOKS),
+            },
             stdout=file,
             stderr=asyncio.subprocess.STDOUT,
         )
@@ -107,12 +112,16 @@ async def test_schemathesis_finds_nothing(
     assert any("{chat_id}" in probe and probe.endswith(" 404") for probe in probes["bob"]), probes
 
 
-async def _settle(server: Server, folder: Path) -> Path:
-    """People and chats under the ids of the documentation's examples; the file that tells how the two log in."""
+async def _settle(server: Server, folder: Path) -> tuple[Path, dict[str, int]]:
+    """People, chats under the ids of the documentation's examples, the file that tells how two log in, and their ids.
+
+    Bob comes last: with an id of the examples he would soon be a member of every chat that ann opens, and none would
+    be left that he must not see.
+    """
     entries = []
     async with server.client() as client:
         # None has the password of the examples: with it, POST /auth/password would work.
-        ann, carl, bob = [Person(client, await register(client)) for _ in range(3)]
+        ann, carl, *_, bob = [Person(client, await register(client)) for _ in range(30)]
         for owner in (ann, bob):
             group = await owner.group(carl)
             for number in range(60):
@@ -127,7 +136,7 @@ async def _settle(server: Server, folder: Path) -> Path:
             entries.append({"name": name, "loginEndpointAuth": {**LOGIN, "payloadUserPwd": payload}})
     file = folder / "users.json"
     file.write_text(json.dumps({"auth": entries}), encoding="utf-8")
-    return file
+    return file, {"ann": ann.id, "bob": bob.id}
 
 
 def _what_ran(events: Path) -> tuple[Counter[str], dict[str, Counter[str]]]:
