@@ -47,7 +47,9 @@ def names_files_of_another_kind(response: Response) -> bool:
     sent = re.match(r"(https?://[^/]+/api/v1)/chats/\d+/messages$", str(response.request.url))
     if sent is None or response.status_code != 422 or response.json()["code"] != "attachment_mismatch":
         return False
-    message = json.loads(response.request.body or b"")
+    body = response.request.body
+    assert isinstance(body, bytes)
+    message = json.loads(body)
     files = [as_sender(response, f"{sent[1]}/files/{file_id}") for file_id in message["attachments"]]
     if message["message_type"] == "image":
         return any(file.is_success and not file.headers["content-type"].startswith("image/") for file in files)
