@@ -35,6 +35,7 @@ ARGUMENTS = (
     "--mute-audio",
     "--no-default-browser-check",
     "--no-first-run",
+    "--window-size=1400,1000",
     "about:blank",
 )
 TOLD = ("Runtime.enable", "Log.enable", "Page.enable")
@@ -45,6 +46,14 @@ ATTACH: Json = {
     "flatten": True,
     "filter": [{"type": "browser_ui", "exclude": True}, {"type": "tab", "exclude": True}, {}],
 }
+
+
+UNTIL = """new Promise(resolve => {
+  const look = () => { if (%s) { observer.disconnect(); resolve() } };
+  const observer = new MutationObserver(look);
+  observer.observe(document, {subtree: true, childList: true, attributes: true, characterData: true});
+  look();
+})"""
 
 
 @contextlib.contextmanager
@@ -193,9 +202,31 @@ class Tab:
         assert "exceptionDetails" not in answer, answer["exceptionDetails"]
         return answer["result"].get("value")
 
-    async def type(self, text: str) -> None:
-        """Press keys."""
+    async def until(self, condition: str) -> None:
+        """Wait until an expression of the page is true."""
+        await self.evaluate(UNTIL % condition)
+
+    async def click(self, selector: str) -> None:
+        """Click on an element, as soon as there is one."""
+        await self.until(f"document.querySelector({selector!r})")
+        await self.evaluate(f"document.querySelector({selector!r}).click()")
+
+    async def fill(self, selector: str, text: str) -> None:
+        """Type into a field, as soon as there is one, in place of what stands there, and leave it."""
+        await self.until(f"document.querySelector({selector!r})")
+        await self.evaluate(f"document.querySelector({selector!r}).select()")
         await self.browser.do("Input.insertText", self.session, text=text)
+        await self.evaluate("document.activeElement.blur()")
+
+    def complaints(self) -> list[str]:
+        """The errors in its console, the browser's own included: what failed to load, what broke a policy."""
+        return [
+            str(event.params["entry"]["text"] if event.method == "Log.entryAdded" else event.params)
+            for event in self.browser.events
+            if event.method == "Runtime.exceptionThrown"
+            or (event.method == "Runtime.consoleAPICalled" and event.params["type"] in ("error", "assert"))
+            or (event.method == "Log.entryAdded" and event.params["entry"]["level"] == "error")
+        ]
 
     async def intercept(self, origin: str, respond: Callable[[str], bytes | Json], content_type: str) -> None:
         """Hold back each request to an origin: `respond` tells what it gets, or goes out with besides its headers."""
@@ -222,8 +253,8 @@ class Tab:
 
 
 @contextlib.asynccontextmanager
-async def new_tab(address: str, folder: Path) -> AsyncIterator[Tab]:
-    """A tab in a profile that nobody has used."""
+async def new_tab(address: str, folder: Path, *, window: bool = False) -> AsyncIterator[Tab]:
+    """A tab in a profile that nobody has used. Without a window, which costs much, it runs but paints nothing."""
     async with connect(address, max_size=None) as connection:
         browser = Browser(connection)
         listening = asyncio.create_task(browser.listen())
@@ -237,8 +268,7 @@ async def new_tab(address: str, folder: Path) -> AsyncIterator[Tab]:
                 downloadPath=str(folder),
                 eventsEnabled=True,
             )
-            # Without a window, which would cost more than all that is done in it.
-            target = {"url": "about:blank", "browserContextId": profile, "hidden": True}
+            target = {"url": "about:blank", "browserContextId": profile, "hidden": not window}
             opened = await browser.do("Target.createTarget", **target)
             await browser.wait_until(lambda: opened["targetId"] in browser.sessions)
             yield Tab(browser, browser.sessions[opened["targetId"]], folder)
