@@ -52,6 +52,7 @@ UNTIL = """new Promise(resolve => {
   const look = () => { if (%s) { observer.disconnect(); resolve() } };
   const observer = new MutationObserver(look);
   observer.observe(document, {subtree: true, childList: true, attributes: true, characterData: true});
+  document.addEventListener("load", look, true);  // images come without a mutation
   look();
 })"""
 

@@ -206,7 +206,8 @@ def _jpeg_javascript(script: bytes) -> bytes:
 
 def _xml_stylesheet(script: bytes) -> bytes:
     return (
-        b"<?xml version='1.0'?><?xml-stylesheet type='text/xsl' href='#s'?><d><xsl:stylesheet id='s' version='1.0' "
+        b"<?xml version='1.0'?><?xml-stylesheet type='text/xsl' href='#s'?>"
+        b"<!DOCTYPE d [<!ATTLIST xsl:stylesheet id ID #REQUIRED>]><d><xsl:stylesheet id='s' version='1.0' "
         b"xmlns:xsl='http://www.w3.org/1999/XSL/Transform'><xsl:template match='/'><html><script>" + script
         + b"</script></html></xsl:template></xsl:stylesheet></d>"
     )  # fmt: skip
