@@ -28,7 +28,7 @@ $(DEV): requirements-dev.txt requirements.txt $(CREATED)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@ $(RUNTIME)
 
-.PHONY: help run test check lint format docs venv mysql mysql-stop crash schemathesis deployment bench clean
+.PHONY: help run test check lint format docs venv mysql mysql-stop crash schemathesis browser deployment bench clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -73,6 +73,9 @@ crash: $(DEV) ## kill the server at random moments; nothing acknowledged may be 
 
 schemathesis: $(DEV) ## fuzz the HTTP API from its own OpenAPI document
 	$(BIN)/python -m pytest -m schemathesis $(ARGS)
+
+browser: $(DEV) ## open served files and /docs in Chromium; no script of a stranger may run
+	$(BIN)/python -m pytest -m browser $(ARGS)
 
 deployment: $(DEV) ## build and run the image and a real nginx; on Debian as root, no Docker needed
 	$(BIN)/python -m pytest -m deployment -n 2 --dist loadfile $(ARGS)

@@ -12,7 +12,7 @@ from fastapi import FastAPI
 from starlette.responses import JSONResponse, RedirectResponse, Response
 
 from app import __version__
-from app.api import examples, problems, webhooks
+from app.api import docs_pages, examples, problems, webhooks
 from app.api.graceful_stop import graceful_stop
 from app.api.middleware import middleware
 from app.api.v1 import (
@@ -69,8 +69,8 @@ def create_app(settings: Settings | None = None, clock: Clock | None = None) -> 
         description=DESCRIPTION,
         lifespan=lifespan,
         middleware=middleware(settings, services.clock),
-        docs_url="/docs" if settings.docs_enabled else None,
-        redoc_url="/redoc" if settings.docs_enabled else None,
+        docs_url=None,  # FastAPI's own pages load their scripts from another site
+        redoc_url=None,
         openapi_url="/openapi.json" if settings.docs_enabled else None,
         openapi_tags=TAGS,
         generate_unique_id_function=lambda route: route.name,  # what generated clients call their functions
@@ -84,6 +84,8 @@ def create_app(settings: Settings | None = None, clock: Clock | None = None) -> 
         app.include_router(module.router, prefix="/api/v1", responses=problems.problems("invalid_request"))
     app.include_router(health.router)
     app.add_api_route("/", root_of(settings), include_in_schema=False)
+    if settings.docs_enabled:
+        docs_pages.install(app)
     generate = app.openapi
     # FastAPI's way to extend it. Once: it is asked for by every answer of 405, too.
     app.openapi = functools.cache(  # type: ignore[method-assign]

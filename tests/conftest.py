@@ -159,6 +159,26 @@ def server(settings: Settings, start_server: StartServer) -> Server:
     return start_server(settings)
 
 
+@pytest.fixture(scope="session", params=ENGINES)
+def shared_server(
+    request: pytest.FixtureRequest, sqlite_template: SqliteTemplate, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
+    """A server that many tests share: each brings people of its own, and nothing else is looked at."""
+    folder = tmp_path_factory.mktemp("shared")
+    mysql = MysqlDatabase(f"dialect_shared_{os.getpid()}") if request.param == "mysql" else None
+    settings = make_settings(**(mysql.new() if mysql else sqlite_template.new(folder)))
+    server = Server(COMMANDS["tuned"], cwd=folder, env=environment(settings), log_path=folder / "server.log")
+    try:
+        server.wait_until_ready()
+        yield server
+        server.stop()
+    finally:
+        server.kill()
+        if mysql:
+            mysql.close()
+    check_log(server.log, "the log of the shared server")
+
+
 # --- the watch over the logs ------------------------------------------------------------------------------------
 
 

@@ -461,18 +461,27 @@ async def test_browsers_are_told_to_trust_nothing(client: httpx.AsyncClient, pat
 
 
 @pytest.mark.parametrize("path", ["/docs", "/redoc"])
-async def test_the_pages_of_documentation_may_load_what_they_need(client: httpx.AsyncClient, path: str) -> None:
+async def test_the_pages_of_documentation_load_everything_from_here(client: httpx.AsyncClient, path: str) -> None:
     response = await client.get(path)
     assert response.status_code == 200
+    addresses = re.findall(r"""(?:src|href|spec-url)=["']([^"']+)|url: '([^']+)'""", response.text)
+    assert len(addresses) >= 3
+    for address in map("".join, addresses):
+        loaded = await client.get(str(response.url.join(address)))
+        assert (loaded.status_code, loaded.url.host) == (200, response.url.host)
     policy = response.headers["content-security-policy"]
-    assert "frame-ancestors 'none'" in policy
-    for directive, pattern in (
-        ("script-src", r'<script src="(https://[^/"]+)'),
-        ("style-src", r'href="(https://[^/"]+)[^"]*css'),
-    ):
-        allowed = next(part for part in policy.split(";") if part.strip().startswith(directive))
-        for origin in re.findall(pattern, response.text):
-            assert origin in allowed
+    assert {"default-src 'none'", "connect-src 'self'", "frame-ancestors 'none'"} <= set(policy.split("; "))
+    assert "http" not in policy
+    assert not re.search("script-src[^;]*unsafe", policy)
+
+
+async def test_a_browser_loads_the_files_of_these_pages_once(client: httpx.AsyncClient) -> None:
+    first = await client.get("/docs/assets/swagger-ui-bundle.js")
+    assert (first.status_code, first.headers["cache-control"]) == (200, "no-cache")
+    again = await client.get(first.url, headers={"If-None-Match": first.headers["etag"]})
+    assert (again.status_code, again.content) == (304, b"")
+    assert_problem(await client.get("/docs/assets/nothing.js"), 404, "not_found")
+    assert_problem(await client.get("/docs/assets/%2e%2e/__init__.py"), 404, "not_found")
 
 
 @pytest.mark.settings(hsts_seconds=31536000)
@@ -483,7 +492,7 @@ async def test_https_is_insisted_on_where_the_operator_says_so(client: httpx.Asy
 
 @pytest.mark.settings(docs_enabled=False)
 async def test_documentation_can_be_switched_off(client: httpx.AsyncClient) -> None:
-    for path in ("/docs", "/redoc", "/openapi.json"):
+    for path in ("/docs", "/redoc", "/openapi.json", "/docs/assets/favicon.png"):
         assert_problem(await client.get(path), 404, "not_found")
     assert (await client.get("/")).json()["name"] == "Dialect"
     assert_problem(await client.put("/api/v1/users/me"), 405, "method_not_allowed")

@@ -25,7 +25,7 @@ from PIL import Image
 from app.core.config import Settings
 from tests.support import hostile
 from tests.support.databases import ENGINES, MysqlDatabase, SqliteTemplate, make_settings
-from tests.support.hostile import BAD_BODY, END, FORM, NO_IMAGE, PART, Answer, Encoded, HostileFile, Kept, Refused
+from tests.support.hostile import BAD_BODY, FORM, NO_IMAGE, PART, Answer, Encoded, HostileFile, Kept, Refused, form
 from tests.support.images import image
 from tests.support.people import Json, Person, people
 from tests.support.secrets import check_log
@@ -140,13 +140,6 @@ async def ground(target: Target) -> AsyncIterator[Ground]:
 
 
 # --- what is asserted of every answer ---------------------------------------------------------------------------
-
-
-def form(data: bytes, name: bytes = b"a.bin", claims: str = "application/octet-stream") -> bytes:
-    """A body with one file, and a name that is not escaped."""
-    kind = f"Content-Type: {claims}\r\n".encode() if claims else b""
-    head = b'--b\r\nContent-Disposition: form-data; name="file"; filename="' + name + b'"\r\n' + kind + b"\r\n"
-    return head + data + END
 
 
 async def post(person: Person, door: str, body: Any, content_type: str = FORM) -> httpx.Response:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -89,10 +89,3 @@ def end(container: Container, number: int = signal.SIGTERM) -> int:
     """Stop a container as Docker does; its exit code."""
     container.signal(number)
     return container.wait(PATIENCE)
-
-
-def require_tools(commands: Sequence[str], packages: str) -> None:
-    """Fail, with what to do, when a program is missing."""
-    path = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
-    if missing := [command for command in commands if not shutil.which(command, path=path)]:
-        pytest.fail(f"{', '.join(missing)} not found; on Debian: apt-get install {packages}", pytrace=False)

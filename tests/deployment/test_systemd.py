@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from app.core.config import Settings
-from tests.deployment.conftest import require_tools
 from tests.support.servers import PATIENCE, ROOT
+from tests.support.tools import require_tools
 
 UNIT = ROOT / "deploy/dialect.service"
 TEXT = UNIT.read_text()

@@ -196,9 +196,18 @@ def _pdf_javascript(script: bytes) -> bytes:
     return script + b"\n/*" + _pdf(script) + b"*/"
 
 
+def _jpeg_javascript(script: bytes) -> bytes:
+    """A JPEG of Latin letters: the length of its first segment reads `/*`, and a remark ends the comment."""
+    length = int.from_bytes(b"/*", "big")
+    segment = b"\xff\xe0/*" + b"JFIF\0\1\1\0\0\1\0\1\0\0".ljust(length - 2, b"\0")
+    good = image("JPEG")
+    return good[:2] + segment + _segment(0xFE, b"*/=1;" + script + b"/*") + good[2:] + b"*/"
+
+
 def _xml_stylesheet(script: bytes) -> bytes:
     return (
-        b"<?xml version='1.0'?><?xml-stylesheet type='text/xsl' href='#s'?><d><xsl:stylesheet id='s' version='1.0' "
+        b"<?xml version='1.0'?><?xml-stylesheet type='text/xsl' href='#s'?>"
+        b"<!DOCTYPE d [<!ATTLIST xsl:stylesheet id ID #REQUIRED>]><d><xsl:stylesheet id='s' version='1.0' "
         b"xmlns:xsl='http://www.w3.org/1999/XSL/Transform'><xsl:template match='/'><html><script>" + script
         + b"</script></html></xsl:template></xsl:stylesheet></d>"
     )  # fmt: skip
@@ -220,8 +229,8 @@ def scripted(script: bytes = MARK) -> dict[str, HostileFile]:
             lambda: _gif_javascript(script), "a.gif", "image/gif", Encoded("image/gif"), Encoded("image/webp")
         ),
         "a good JPEG that is JavaScript": HostileFile(
-            lambda: _jpeg(_segment(0xFE, b"*/=1;" + script + b"/*"), tail=b"*/" + script),
-            "a.jpg", "application/javascript", Encoded("image/jpeg"), Encoded("image/webp"),
+            lambda: _jpeg_javascript(script), "a.jpg", "application/javascript",
+            Encoded("image/jpeg"), Encoded("image/webp"),
         ),
         "a good JPEG with a zip behind": HostileFile(
             lambda: _jpeg(tail=_zip(**{"index.html": html})), "a.jpg", "image/jpeg",
@@ -242,7 +251,8 @@ def scripted(script: bytes = MARK) -> dict[str, HostileFile]:
             lambda: _png_text(script), "evil.html", "text/html", Encoded("image/png"), Encoded("image/webp")
         ),
         "a good JPEG called photo.jpg.js": HostileFile(
-            lambda: _jpeg(tail=script), "photo.jpg.js", "text/javascript", Encoded("image/jpeg"), Encoded("image/webp")
+            lambda: _jpeg_javascript(script), "photo.jpg.js", "text/javascript",
+            Encoded("image/jpeg"), Encoded("image/webp"),
         ),
         "HTML": HostileFile(make(html), "page.html", "text/html", KEPT),
         "HTML called jpg": HostileFile(make(html), "a.jpg", "text/html", NO_IMAGE),
@@ -484,6 +494,13 @@ NAMES: dict[str, tuple[bytes, str]] = {
 FORM = "multipart/form-data; boundary=b"
 PART = b'--b\r\nContent-Disposition: form-data; name="file"; filename="a.txt"\r\n\r\n'
 END = b"\r\n--b--\r\n"
+
+
+def form(data: bytes, name: bytes = b"a.bin", claims: str = "application/octet-stream") -> bytes:
+    """A body with one file, and a name that is not escaped."""
+    kind = f"Content-Type: {claims}\r\n".encode() if claims else b""
+    head = b'--b\r\nContent-Disposition: form-data; name="file"; filename="' + name + b'"\r\n' + kind + b"\r\n"
+    return head + data + END
 
 
 @dataclass(frozen=True)
