@@ -11,7 +11,7 @@ from starlette.requests import HTTPConnection
 
 from app.core.cursors import Part, cursor_pattern
 from app.core.errors import Unauthenticated
-from app.services.auth_service import Caller
+from app.services.caller import Caller
 from app.services.container import Services
 from app.services.unit_of_work import UnitOfWork
 

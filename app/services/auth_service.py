@@ -12,7 +12,6 @@ import logging
 import unicodedata
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from itertools import islice
@@ -34,7 +33,9 @@ from app.db.repositories import users as user_repository
 from app.db.repositories.sessions import SessionRow
 from app.db.repositories.users import UserRow
 from app.db.schemas import Device, Registered, RegisterIn, Ticket, Tokens
+from app.services.caller import Caller
 from app.services.rate_limiter import RateLimiter, address_key
+from app.services.ticket_store import TicketStore
 from app.services.unit_of_work import UnitOfWork, UnitOfWorkFactory
 from app.services.user_service import check_username, me_view, name_key
 
@@ -46,28 +47,12 @@ CACHED_SESSIONS = 50_000
 SEEN_DELAY_SECONDS = 1.0
 SEEN_BATCH = 5_000
 """So many uses of sessions are stored by one statement."""
-TICKETS = 10_000
-TICKETS_PER_SESSION = 10
-
-
-@dataclass(frozen=True, slots=True)
-class Caller:
-    """Who is calling, by which session, and until when that is proven."""
-
-    user_id: int
-    session_id: int
-    expires_at: datetime
 
 
 class _Alive(NamedTuple):
     user_id: int
     expires_at: datetime
     checked_at: float
-
-
-class _OpenTicket(NamedTuple):
-    caller: Caller
-    closes_at: float
 
 
 class AuthService:
@@ -84,6 +69,7 @@ class AuthService:
         hasher: PasswordHasher,
         usernames: UsernameFilter,
         limiter: RateLimiter,
+        tickets: TicketStore,
     ) -> None:
         self.settings = settings
         self.clock = clock
@@ -93,6 +79,7 @@ class AuthService:
         self.hasher = hasher
         self.usernames = usernames
         self.limiter = limiter
+        self.tickets = tickets
         self.tokens = AccessTokens(settings, clock)
         self.on_session_ended: list[Callable[[int], None]] = []
         """Called with the id of a session once its end is committed."""
@@ -103,7 +90,6 @@ class AuthService:
         """When sessions were last used, as long as it is not stored."""
         self._storing = asyncio.Lock()
         self._later: asyncio.Task[None] | None = None
-        self._tickets: OrderedDict[bytes, _OpenTicket] = OrderedDict()
 
     # --- coming in ---
 
@@ -426,32 +412,20 @@ class AuthService:
 
     # --- socket tickets ---
 
-    def issue_ticket(self, caller: Caller) -> Ticket:
+    async def issue_ticket(self, caller: Caller) -> Ticket:
         """A key that opens one socket within seconds, so that no token stands in a URL.
 
         Raises Unavailable when too many are waiting to be used.
         """
-        now = self.clock.monotonic()
-        while self._tickets and next(iter(self._tickets.values())).closes_at <= now:
-            self._tickets.popitem(last=False)
-        own = [key for key, open_one in self._tickets.items() if open_one.caller.session_id == caller.session_id]
-        for key in own[: max(0, len(own) - TICKETS_PER_SESSION + 1)]:
-            del self._tickets[key]
-        if len(self._tickets) >= TICKETS:
-            raise Unavailable("overloaded", "Too many sockets are being opened; try again.", retry_after=1)
-        ticket = security.new_secret()
         seconds = self.settings.socket_ticket_seconds
-        self._tickets[security.token_hash(ticket)] = _OpenTicket(caller, now + seconds)
-        return {"ticket": ticket, "expires_in": int(seconds)}
+        return {"ticket": await self.tickets.issue(caller, seconds), "expires_in": int(seconds)}
 
     async def redeem_ticket(self, ticket: str) -> Caller:
         """Who was given this ticket; it works once. Raises Unauthenticated, the same for every fault."""
-        found = self._tickets.pop(security.token_hash(ticket), None)
-        if found is None or found.closes_at <= self.clock.monotonic():
+        caller = await self.tickets.redeem(ticket)
+        if caller is None or caller.expires_at <= self.clock.now() or not await self.is_alive(caller):
             raise Unauthenticated
-        if found.caller.expires_at <= self.clock.now() or not await self.is_alive(found.caller):
-            raise Unauthenticated
-        return found.caller
+        return caller
 
     # --- small things ---
 

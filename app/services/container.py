@@ -37,6 +37,7 @@ from app.services.notification_service import NotificationService
 from app.services.presence_service import PresenceService
 from app.services.rate_limiter import RateLimiter
 from app.services.storage import open_storage
+from app.services.ticket_store import MemoryTickets
 from app.services.typing_service import TypingService
 from app.services.unit_of_work import UnitOfWorkFactory
 from app.services.user_service import UserService
@@ -189,6 +190,7 @@ def build_services(settings: Settings, clock: Clock | None = None) -> Services:
             hasher=hasher,
             usernames=usernames,
             limiter=rate_limiter,
+            tickets=MemoryTickets(clock),
         ),
         users=UserService(
             settings=settings,

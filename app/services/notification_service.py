@@ -27,7 +27,7 @@ from app.db.repositories import push as repository
 from app.db.repositories import sessions as session_repository
 from app.db.repositories.push import DeviceRow, Target, UnpushedMessage
 from app.db.schemas import PushDeviceIn
-from app.services.auth_service import Caller
+from app.services.caller import Caller
 from app.services.chat_log.changes import Appended
 from app.services.connection_manager import ConnectionManager
 from app.services.firebase import Firebase, Push

@@ -19,8 +19,9 @@ from app.db.database import Database
 from app.db.repositories import sessions as session_repository
 from app.db.repositories import users as user_repository
 from app.main import create_app
-from app.services.auth_service import TICKETS_PER_SESSION, AuthService
+from app.services.auth_service import AuthService
 from app.services.container import Services
+from app.services.ticket_store import TICKETS_PER_SESSION
 from tests.support.accounts import Account, new_person, register
 from tests.support.clock import ManualClock
 from tests.support.databases import SECRET_KEY
@@ -726,7 +727,7 @@ async def test_a_ticket_ends_soon(
 ) -> None:
     auth: AuthService = timed.state.services.auth
     caller = await auth.authenticate((await register(timed_client)).access_token)
-    ticket = auth.issue_ticket(caller)["ticket"]
+    ticket = (await auth.issue_ticket(caller))["ticket"]
     clock.advance(seconds)
     with pytest.raises(Unauthenticated):
         await auth.redeem_ticket(ticket)
@@ -734,7 +735,7 @@ async def test_a_ticket_ends_soon(
 
 async def test_a_ticket_ends_with_its_session(services: Services, client: httpx.AsyncClient) -> None:
     caller = await services.auth.authenticate((await register(client)).access_token)
-    ticket = services.auth.issue_ticket(caller)["ticket"]
+    ticket = (await services.auth.issue_ticket(caller))["ticket"]
     await services.auth.logout(caller)
     with pytest.raises(Unauthenticated):
         await services.auth.redeem_ticket(ticket)
@@ -752,8 +753,8 @@ async def test_one_device_holds_few_tickets_and_takes_nobody_elses_place(
     auth = services.auth
     quiet = await auth.authenticate((await register(client)).access_token)
     greedy = await auth.authenticate((await register(client)).access_token)
-    kept = auth.issue_ticket(quiet)["ticket"]
-    tickets = [auth.issue_ticket(greedy)["ticket"] for _ in range(TICKETS_PER_SESSION + 5)]
+    kept = (await auth.issue_ticket(quiet))["ticket"]
+    tickets = [(await auth.issue_ticket(greedy))["ticket"] for _ in range(TICKETS_PER_SESSION + 5)]
     assert await auth.redeem_ticket(kept) == quiet
 
     async def opens(ticket: str) -> bool:

@@ -145,7 +145,7 @@ async def create_ws_ticket(services: ServicesDep, caller: CallerDep) -> Ticket:
 
     For browsers, which cannot set headers on a handshake: a token in a URL ends up in logs.
     """
-    return services.auth.issue_ticket(caller)
+    return await services.auth.issue_ticket(caller)
 
 
 @router.get("/sessions", summary="List sessions")

@@ -35,7 +35,7 @@ from app.db.events import (
     TypingCommand,
 )
 from app.db.schemas import ResumeIn
-from app.services.auth_service import Caller
+from app.services.caller import Caller
 from app.services.chat_log.changes import Done
 from app.services.connection_manager import CloseCode, Connection
 from app.services.container import Services
