@@ -28,7 +28,7 @@ $(DEV): requirements-dev.txt requirements.txt $(CREATED)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@ $(RUNTIME)
 
-.PHONY: help run test check lint format docs venv mysql mysql-stop crash schemathesis browser deployment bench clean
+.PHONY: help run test check lint format docs venv mysql mysql-stop chaos schemathesis browser deployment bench clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -68,8 +68,8 @@ mysql: ## start a throwaway MySQL 8+ without Docker and print its URL
 mysql-stop: ## stop that MySQL
 	@scripts/mysql.sh stop
 
-crash: $(DEV) ## kill the server at random moments; nothing acknowledged may be lost
-	$(BIN)/python -m pytest -m crash $(ARGS)
+chaos: $(DEV) ## attack the server and what it depends on; print what each promise is worth (docs/reliability.md)
+	$(BIN)/python -m pytest tests/chaos -m chaos $(ARGS)
 
 schemathesis: $(DEV) ## fuzz the HTTP API from its own OpenAPI document
 	$(BIN)/python -m pytest -m schemathesis $(ARGS)

@@ -15,13 +15,12 @@ import pytest
 
 from app import __version__
 from scripts.dockerfile import Image
-from tests.crash.conftest import free_port
 from tests.deployment.conftest import Container, StartContainer, end
 from tests.support.databases import ENGINES, MYSQL_URL, MysqlDatabase
 from tests.support.images import image as picture
 from tests.support.people import Person, people
 from tests.support.secrets import plant
-from tests.support.servers import PATIENCE
+from tests.support.servers import PATIENCE, free_port
 from tests.support.socket_client import SocketClient
 
 pytestmark = [pytest.mark.deployment, pytest.mark.timeout(300)]  # the first test waits for the image

@@ -24,11 +24,10 @@ from websockets.exceptions import InvalidStatus
 
 from app.api.middleware import MULTIPART_BYTES
 from app.core.config import Settings
-from tests.crash.conftest import free_port
 from tests.support.accounts import register
 from tests.support.databases import SqliteTemplate, make_settings
 from tests.support.people import Person, people
-from tests.support.servers import PATIENCE, ROOT, Server
+from tests.support.servers import PATIENCE, ROOT, Server, free_port
 from tests.support.socket_client import SocketClient
 from tests.support.tools import require_tools
 

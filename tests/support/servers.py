@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -44,6 +46,20 @@ def environment(settings: Settings | None = None, **variables: str) -> dict[str,
         elif value is not None:
             env[name.upper()] = str(value)
     return env | variables
+
+
+def free_port() -> int:
+    """A port that stays ours while the server is down: below those that the kernel gives to clients."""
+    picker = random.SystemRandom()
+    while True:
+        port = picker.randrange(15_000, 30_000)
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
 
 
 def run(arguments: Sequence[str], *, cwd: Path, env: dict[str, str]) -> subprocess.CompletedProcess[str]:

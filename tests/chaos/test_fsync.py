@@ -10,12 +10,15 @@ from pathlib import Path
 import pytest
 
 from app.core.config import Settings
-from tests.crash.conftest import Launch, free_port
-from tests.crash.strace import CALLS, LONGEST, check_trace, new_mark
+from tests.chaos.conftest import Launch
+from tests.chaos.report import SceneReport
+from tests.chaos.scale import scaled
+from tests.chaos.strace import CALLS, LONGEST, check_trace, new_mark
 from tests.support.accounts import register
+from tests.support.servers import free_port
 from tests.support.socket_client import SocketClient
 
-SENDS = 200
+SENDS = scaled("FSYNC_SENDS", short=200, long=1000)
 REQUESTS = 20
 
 PATH = "/data/dialect.db-wal"
@@ -80,9 +83,10 @@ def test_the_checker_finds_what_did_not_wait_for_the_disk(trace: list[str]) -> N
     assert len(verdict.faults) == 1
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.chaos("An acknowledged message is never lost, doubled or reordered")
+@pytest.mark.timeout(120 + SENDS // 5)
 async def test_each_ack_leaves_after_its_message_is_on_the_disk(
-    sqlite_settings: Settings, launch: Launch, tmp_path: Path
+    sqlite_settings: Settings, launch: Launch, tmp_path: Path, report: SceneReport
 ) -> None:
     if shutil.which("strace") is None:
         reason = "strace is not installed (Debian: apt-get install strace): nobody checks that acks wait for the disk"
@@ -115,7 +119,6 @@ async def test_each_ack_leaves_after_its_message_is_on_the_disk(
     await asyncio.to_thread(server.stop)
     with trace.open(encoding="utf-8", errors="replace") as lines:
         verdict = check_trace(lines)
-    acked = len(verdict.told) - len(verdict.early)
-    print(f"{acked} of {len(marks)} messages were on the disk before anything was told of them")  # noqa: T201
+    report.exactly("acks that waited for the disk", len(verdict.told) - len(verdict.early), len(marks))
     assert verdict.faults == []
     assert verdict.told == set(marks)

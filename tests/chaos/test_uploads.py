@@ -8,18 +8,22 @@ import os
 import random
 
 import httpx
+import pytest
 
 from app.core.config import Settings
-from tests.crash.conftest import Launch, free_port
+from tests.chaos.conftest import Launch
+from tests.chaos.report import SceneReport
 from tests.support.images import image
 from tests.support.people import Person, people
+from tests.support.servers import free_port
 
 KILLS = 4
 SIZE = 3_000_000
 
 
+@pytest.mark.chaos("An acknowledged file is never lost")
 async def test_a_kill_during_uploads_leaves_whole_files_or_none(
-    settings: Settings, launch: Launch, rng: random.Random
+    settings: Settings, launch: Launch, rng: random.Random, report: SceneReport
 ) -> None:
     port = free_port()
     server = launch(settings, port)
@@ -52,6 +56,7 @@ async def test_a_kill_during_uploads_leaves_whole_files_or_none(
             server = launch(settings, port)
             await asyncio.to_thread(server.wait_until_ready)
         last = max(kept)
+        intact = 0
         for file_id in range(1, last + 100):
             answer = await ann.fetch(file_id)
             if file_id not in kept:
@@ -61,6 +66,9 @@ async def test_a_kill_during_uploads_leaves_whole_files_or_none(
             assert answer.status_code == 200
             if kept[file_id]:
                 assert hashlib.sha256(answer.content).hexdigest() == kept[file_id]
+            intact += 1
+        report.tell("kills", KILLS)
+        report.exactly("acknowledged files that are whole", intact, len(kept))
         message = await ann.send_files(chat_id, "file", {"file_id": last})
         assert message["attachments"][0]["file_id"] == last
         assert (await bo.fetch(last)).status_code == 200

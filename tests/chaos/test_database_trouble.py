@@ -26,13 +26,15 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from app.core.config import Settings
 from app.core.errors import Unavailable
 from app.db.database import Database
-from tests.crash.conftest import Launch, free_port
+from tests.chaos.conftest import Launch
+from tests.chaos.report import SceneReport
 from tests.support.accounts import Account, register
 from tests.support.proxy import FaultProxy, Verdict
-from tests.support.servers import Server
+from tests.support.servers import Server, free_port
 from tests.support.socket_client import SocketClient
 
 Event = dict[str, Any]
+PROMISE = "Trouble with the database is no loss and no hang"
 ANSWER_SECONDS = 5.0
 """Within so long everything is answered, whatever the database does."""
 RECOVERY_SECONDS = 5.0
@@ -257,9 +259,10 @@ def _rows(settings: Settings, chat_id: int) -> dict[str, list[tuple[int, int]]]:
 # --- MySQL ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.chaos(PROMISE)
 @pytest.mark.timeout(120)
 async def test_a_frozen_database_is_answered_for_in_time_and_serves_again_without_a_restart(
-    world: World, proxy: FaultProxy, mysql_settings: Settings
+    world: World, proxy: FaultProxy, mysql_settings: Settings, report: SceneReport
 ) -> None:
     async with world.server.client() as client:
         openapi = (await client.get("/openapi.json")).json()
@@ -274,10 +277,9 @@ async def test_a_frozen_database_is_answered_for_in_time_and_serves_again_withou
     frozen = time.monotonic() - begun
     proxy.thaw()
     recovered = await _recovery(world)
-    print(  # noqa: T201 - the figures of the run
-        f"frozen {frozen:.1f} s, {len(answers)} requests, slowest answer {max(a.seconds for a in answers):.2f} s, "
-        f"recovered in {recovered:.2f} s"
-    )
+    report.tell("frozen for", frozen, "s")
+    report.tell("requests meanwhile", len(answers))
+    report.at_most("slowest answer", max(a.seconds for a in answers), ANSWER_SECONDS + SLACK, "s")
     assert [answer for answer in answers if answer.late or not answer.status] == []
     assert [answer for answer in answers if answer.status >= 500 and answer.status != 503] == []
     assert refused["code"] == "database_unavailable"
@@ -286,7 +288,7 @@ async def test_a_frozen_database_is_answered_for_in_time_and_serves_again_withou
     assert {answer.code for answer in sends} == {"database_unavailable"}
     reads = [answer for answer in answers if answer.what.startswith("get /api/v1/chats")]
     assert {(answer.status, answer.code) for answer in reads} == {(503, "database_unavailable")}
-    assert recovered <= RECOVERY_SECONDS
+    report.at_most("recovered in", recovered, RECOVERY_SECONDS, "s")
     # What was refused is stored once by its retry, and the sockets that were open all the time hear of it.
     ack = await _say_until_stored(world, named)
     assert _rows(mysql_settings, world.chat_id)[named] == [(ack["message_id"], ack["seq"])]
@@ -294,9 +296,10 @@ async def test_a_frozen_database_is_answered_for_in_time_and_serves_again_withou
     assert heard["message"]["id"] == ack["message_id"]
 
 
+@pytest.mark.chaos(PROMISE)
 @pytest.mark.settings(db_timeout_seconds=0.5)
 async def test_no_transaction_outlives_its_deadline_when_many_give_up_at_once(
-    mysql_settings: Settings, proxy: FaultProxy, rng: random.Random
+    mysql_settings: Settings, proxy: FaultProxy, rng: random.Random, report: SceneReport
 ) -> None:
     behind = mysql_settings.model_copy(update={"db_host": "127.0.0.1", "db_port": proxy.port})
     database = Database(behind)
@@ -310,6 +313,7 @@ async def test_no_transaction_outlives_its_deadline_when_many_give_up_at_once(
         return time.monotonic() - begun
 
     late: list[float] = []
+    asked = 0
     for _ in range(12):
         await asyncio.gather(*(ask(begin) for begin in (database.reading, database.writing) for _ in range(3)))
         proxy.freeze()
@@ -318,17 +322,20 @@ async def test_no_transaction_outlives_its_deadline_when_many_give_up_at_once(
             for begin in (database.reading, database.writing):
                 asking += [asyncio.create_task(ask(begin)) for _ in range(15)]
             await asyncio.sleep(rng.uniform(0, 0.3))  # so that some give up just when others begin
+        asked += len(asking)
         _, hanging = await asyncio.wait(asking, timeout=ANSWER_SECONDS)
         proxy.thaw()
         late += [seconds for seconds in await asyncio.gather(*asking) if seconds > 0.5 + ANSWER_SECONDS - 4]
         assert not hanging
     await database.close()
-    assert late == []
+    report.tell("transactions", asked)
+    report.exactly("that outlived their deadline", len(late), 0)
 
 
+@pytest.mark.chaos(PROMISE)
 @pytest.mark.parametrize("verdict", ["reset", "reset after the answer"])
 async def test_a_connection_lost_during_commit_is_never_acknowledged_wrongly_and_its_retry_makes_one_row(
-    world: World, proxy: FaultProxy, mysql_settings: Settings, verdict: Verdict
+    world: World, proxy: FaultProxy, mysql_settings: Settings, verdict: Verdict, report: SceneReport
 ) -> None:
     proxy.on_commit = lambda: verdict
     client_id = str(uuid.uuid4())
@@ -359,11 +366,13 @@ async def test_a_connection_lost_during_commit_is_never_acknowledged_wrongly_and
     assert time.monotonic() - begun <= RECOVERY_SECONDS
     assert _rows(mysql_settings, world.chat_id)[client_id] == [(ack["message_id"], ack["seq"])]
     assert first in ([], [(ack["message_id"], ack["seq"])])
+    report.exactly("rows after the retry", len(_rows(mysql_settings, world.chat_id)[client_id]), 1)
 
 
+@pytest.mark.chaos(PROMISE)
 @pytest.mark.timeout(120)
 async def test_sends_through_many_lost_commits_are_each_stored_once_in_one_order(
-    world: World, proxy: FaultProxy, mysql_settings: Settings, rng: random.Random
+    world: World, proxy: FaultProxy, mysql_settings: Settings, rng: random.Random, report: SceneReport
 ) -> None:
     verdicts: list[Verdict] = ["pass", "pass", "pass", "reset", "reset after the answer"]
     proxy.on_commit = lambda: rng.choice(verdicts)
@@ -384,6 +393,8 @@ async def test_sends_through_many_lost_commits_are_each_stored_once_in_one_order
     rows = _rows(mysql_settings, world.chat_id)
     assert {client_id: rows[client_id] for client_id in acks} == {key: [value] for key, value in acks.items()}
     assert len(rows) == len(acks) + 1
+    report.tell("commits", proxy.commits)
+    report.exactly("rows", len(rows) - 1, len(acks))
     assert sorted(seq for places in rows.values() for _, seq in places) == list(range(1, len(rows) + 1))
     # Both sides heard each message, in order, though many announcements followed a commit nobody heard of.
     for socket in world.sockets:
@@ -403,9 +414,10 @@ def _highest(event: Event) -> int:
     return max((message["seq"] for message in _messages(event)), default=0)
 
 
+@pytest.mark.chaos(PROMISE)
 @pytest.mark.timeout(120)
 async def test_a_server_whose_connections_are_all_reset_recovers_by_itself(
-    world: World, proxy: FaultProxy, mysql_settings: Settings
+    world: World, proxy: FaultProxy, mysql_settings: Settings, report: SceneReport
 ) -> None:
     client_id = str(uuid.uuid4())
     proxy.refusing = True
@@ -421,16 +433,17 @@ async def test_a_server_whose_connections_are_all_reset_recovers_by_itself(
             assert response.status_code == 503, (path, response.text)
             assert time.monotonic() - begun <= ANSWER_SECONDS + SLACK
     proxy.refusing = False
-    assert await _recovery(world) <= RECOVERY_SECONDS
+    report.at_most("recovered from a reset in", await _recovery(world), RECOVERY_SECONDS, "s")
     proxy.cut()  # and once more, politely, with nobody kept waiting outside
-    assert await _recovery(world) <= RECOVERY_SECONDS
+    report.at_most("recovered from a goodbye in", await _recovery(world), RECOVERY_SECONDS, "s")
     ack = await _say_until_stored(world, client_id)
     assert _rows(mysql_settings, world.chat_id)[client_id] == [(ack["message_id"], ack["seq"])]
 
 
+@pytest.mark.chaos(PROMISE)
 @pytest.mark.timeout(120)
 async def test_an_answer_of_the_database_cut_at_any_byte_costs_no_message_and_doubles_none(
-    world: World, proxy: FaultProxy, mysql_settings: Settings, rng: random.Random
+    world: World, proxy: FaultProxy, mysql_settings: Settings, rng: random.Random, report: SceneReport
 ) -> None:
     acks: dict[str, Event] = {}
     for _ in range(40):
@@ -442,14 +455,21 @@ async def test_an_answer_of_the_database_cut_at_any_byte_costs_no_message_and_do
     rows = _rows(mysql_settings, world.chat_id)
     for client_id, ack in acks.items():
         assert rows[client_id] == [(ack["message_id"], ack["seq"])]
+    report.tell("answers cut", proxy.cuts_after_bytes)
+    report.exactly("rows", len(rows) - 1, len(acks))
 
 
-async def test_a_distant_database_makes_answers_late_not_wrong(world: World, proxy: FaultProxy) -> None:
+@pytest.mark.chaos(PROMISE)
+async def test_a_distant_database_makes_answers_late_not_wrong(
+    world: World, proxy: FaultProxy, report: SceneReport
+) -> None:
     proxy.delay_seconds = 0.05
     begun = time.monotonic()
     ack = await world.sockets[0].say(world.chat_id, "from far away")
     assert ack["type"] == "ack"
-    assert 0.1 < time.monotonic() - begun < ANSWER_SECONDS
+    took = time.monotonic() - begun
+    assert took > 0.1
+    report.at_most("answered in", took, ANSWER_SECONDS, "s")
 
 
 # --- SQLite -----------------------------------------------------------------------------------------------------
@@ -464,16 +484,17 @@ connection.execute("ROLLBACK")
 """
 
 
+@pytest.mark.chaos(PROMISE)
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("seconds", [3, 6])
 async def test_a_sqlite_file_locked_by_another_process_delays_or_refuses_sends_and_stops_nothing(
-    sqlite_settings: Settings, launch: Launch, seconds: int
+    sqlite_settings: Settings, launch: Launch, seconds: int, report: SceneReport
 ) -> None:
     async with _populated(await _launch(launch, sqlite_settings)) as world:
-        await _hold_and_ask(world, sqlite_settings, seconds)
+        await _hold_and_ask(world, sqlite_settings, seconds, report)
 
 
-async def _hold_and_ask(world: World, sqlite_settings: Settings, seconds: int) -> None:
+async def _hold_and_ask(world: World, sqlite_settings: Settings, seconds: int, report: SceneReport) -> None:
     holder = await asyncio.create_subprocess_exec(
         sys.executable,
         "-c",
@@ -516,20 +537,17 @@ async def _hold_and_ask(world: World, sqlite_settings: Settings, seconds: int) -
         answers = [*await asyncio.gather(*sends), *await asyncio.gather(*writes)]
     await holder.wait()
     recovered = await _recovery(world)
-    print(  # noqa: T201 - the figures of the run
-        f"locked {released - locked:.1f} s, slowest answer {max(a.seconds for a in answers):.2f} s, "
-        f"recovered in {recovered:.2f} s"
-    )
-    assert [answer for answer in answers if answer.late] == []
+    report.tell("locked for", released - locked, "s")
+    report.at_most("slowest answer", max(a.seconds for a in answers), ANSWER_SECONDS + SLACK, "s")
     allowed = {(200, "ack"), (200, ""), (201, ""), (503, "database_unavailable"), (503, "busy")}
     assert {(answer.status, answer.code) for answer in answers} <= allowed
     assert [(answer.status, answer.late) for answer in reads] == [(200, False), (200, False)]
-    assert max(answer.seconds for answer in reads) < 1, "who reads waits for nobody's lock"
+    report.at_most("slowest read", max(answer.seconds for answer in reads), 1, "s")  # waits for nobody's lock
     if seconds == 3:
         assert {answer.code for answer in answers[: len(sends)]} == {"ack"}
     else:
         assert {answer.status for answer in answers[: len(sends)]} == {503}
-    assert recovered <= RECOVERY_SECONDS
+    report.at_most("recovered in", recovered, RECOVERY_SECONDS, "s")
     acks = [await _say_until_stored(world, client_id, number % 2) for number, client_id in enumerate(named)]
     assert len({ack["message_id"] for ack in acks}) == len(named)
     async with world.server.client() as client:

@@ -20,7 +20,8 @@ import orjson
 import websockets
 from websockets.asyncio.client import ClientConnection, connect
 
-from bench.ledger import Ledger, Report, Stored, check, may_see, text_for_users
+from bench.ledger import Kind, Ledger, Report, Stored, check, may_see, text_for_users
+from tests.chaos.report import SceneReport
 from tests.support.accounts import Account, register
 from tests.support.replica import Replica, fetch
 
@@ -176,6 +177,19 @@ class Crowd:
         ledger = Ledger.read(sorted(self.folder.glob("*.ledger")))
         everybody = {room.id: room.members for room in self.rooms}
         return check(ledger, history, members=everybody, present=everybody)
+
+    def hold(self, report: SceneReport, checked: Report) -> None:
+        """Nothing may be wrong: hold what was found against that, fault by fault."""
+        print(*self.faults, checked, sep="\n")  # noqa: T201 - pytest shows it when the test fails
+        found = checked.counts
+        report.exactly("lost", found[Kind.LOST], 0)
+        report.exactly("stored twice", found[Kind.STORED_TWICE] + found[Kind.ID_TWICE] + found[Kind.SEQ_TWICE], 0)
+        order = (Kind.HISTORY_HOLE, Kind.OTHER_ORDER, Kind.OUT_OF_ORDER, Kind.REPEATED, Kind.GAP)
+        report.exactly("holes or other orders", sum(found[kind] for kind in order), 0)
+        report.exactly("missed by a member", found[Kind.MISSED], 0)
+        report.exactly("seen by the wrong person", found[Kind.WRONG_PERSON], 0)
+        report.exactly("states other than the server's", len(self.faults), 0)
+        checked.raise_if_faulty()
 
     def _stored(self, message: Event) -> Stored:
         """A message of the history, with the text it was sent with if it is now what it was made afterwards."""
