@@ -13,12 +13,14 @@
 #
 # DIALECT_MYSQL_DIR   where everything is kept       (default /var/tmp/dialect-mysql)
 # DIALECT_MYSQL_PORT  the port, on 127.0.0.1 only    (default 33306)
+# DIALECT_MYSQL_ROOTFS  the unpacked Debian of another such folder, to be used as well as there: a second server, to be
+#                     killed and frozen, then costs no second unpacking (the default is a rootfs in DIALECT_MYSQL_DIR)
 
 set -euo pipefail
 
 dir=${DIALECT_MYSQL_DIR:-/var/tmp/dialect-mysql}
 port=${DIALECT_MYSQL_PORT:-33306}
-rootfs=$dir/rootfs
+rootfs=${DIALECT_MYSQL_ROOTFS:-$dir/rootfs}
 
 say() { printf 'mysql.sh: %s\n' "$*" >&2; }
 die() { say "$*"; exit 1; }
@@ -38,8 +40,10 @@ locate() {
   # MariaDB ships a `mysqld` too; it is another database.
   if [[ $version != *MariaDB* && $version =~ Ver\ ([0-9]+)\. ]] && ((BASH_REMATCH[1] >= 8)); then
     kind=host outer=$dir/server inner=$dir/server
-  else
+  elif [[ $rootfs == "$dir/rootfs" ]]; then
     kind=chroot outer=$rootfs/server inner=/server
+  else
+    kind=chroot outer=$dir/server inner=/instance
   fi
 }
 
@@ -48,9 +52,10 @@ locate() {
 in_chroot() {
   # shellcheck disable=SC2016
   unshare --mount --propagation private -- bash -c '
-    root=$1; shift
+    root=$1 outer=$2 inner=$3; shift 3
     mount --bind /dev "$root/dev" && mount -t proc proc "$root/proc" || exit 70
-    exec chroot "$root" "$@"' bash "$rootfs" "$@"
+    [[ $outer == "$root$inner" ]] || mount --bind "$outer" "$root$inner" || exit 70
+    exec chroot "$root" "$@"' bash "$rootfs" "$outer" "$inner" "$@"
 }
 
 mysqld_run() {
@@ -66,7 +71,7 @@ mysqld_run() {
 
 owned_by_server() {
   if [[ $kind == chroot ]]; then
-    chroot "$rootfs" chown mysql: "${@/#$outer/$inner}"
+    in_chroot chown mysql: "${@/#$outer/$inner}"
   elif ((EUID == 0)); then
     chown mysql: "$@"
   fi
@@ -101,6 +106,7 @@ log_tail() {
 
 install_server() {
   [[ -x $rootfs/usr/sbin/mysqld ]] && return
+  [[ $rootfs == "$dir/rootfs" ]] || die "there is no mysqld in $rootfs: start the server there first, or leave DIALECT_MYSQL_ROOTFS empty."
   [[ $(uname -s) == Linux ]] || die "no MySQL 8+ 'mysqld' on PATH: install MySQL with your system's package manager and call this again."
   if ! command -v debootstrap >/dev/null; then
     command -v apt-get >/dev/null || die "no MySQL 8+ 'mysqld' on PATH and no debootstrap: install either of them and call this again."
@@ -123,7 +129,7 @@ initialise() {
   [[ -e $outer/initialised ]] && return
   say "initialising an empty server in $outer"
   rm -rf --one-file-system "$outer"
-  mkdir -p "$outer/data"
+  mkdir -p "$outer/data" "$rootfs$inner"
   chmod 750 "$outer" "$outer/data"
   if [[ $kind == chroot ]] && ! grep -q '^mysql:' "$rootfs/etc/passwd"; then
     chroot "$rootfs" useradd --system --no-create-home --shell /usr/sbin/nologin mysql

@@ -147,7 +147,7 @@ class Settings(BaseSettings):
     # The writer
     writer_batch_max: int = Field(512, ge=1, description="Changes in one transaction.")
     writer_queue_max: int = Field(20_000, ge=1, description="Changes waiting; beyond: `overloaded`.")
-    write_timeout_seconds: float = Field(4.5, gt=0, description="A change not committed by then is refused.")
+    write_timeout_seconds: float = Field(4.0, gt=0, description="A change not committed by then is refused.")
     sweep_seconds: float = Field(1.5, gt=0, description="Between searches for changes that nobody announced.")
 
     # Rate limits: `N/period` as the `limits` library reads them; empty switches one off.

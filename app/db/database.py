@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import sqlite3
 import sys
 import time
@@ -70,6 +71,25 @@ def database_url(settings: Settings, *, driver: Literal["async", "sync"]) -> URL
     )
 
 
+class _InOneLine(logging.Filter):
+    """A connection that is lost while the pool takes it back is news, not a bug: it shows no traceback.
+
+    When a database shuts down, there is one for every transaction under way.
+    """
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        if error is not None and (isinstance(error, asyncio.CancelledError) or is_transient(error)):
+            record.exc_info = record.exc_text = None
+            record.levelno, record.levelname = logging.WARNING, "WARNING"
+            record.msg, record.args = "connection_lost", ()
+            record.error = describe(error)
+        return True
+
+
+logging.getLogger("sqlalchemy.pool.impl.AsyncAdaptedQueuePool").addFilter(_InOneLine())
+
+
 @contextlib.asynccontextmanager
 async def deadline(seconds: float) -> AsyncIterator[None]:
     """`asyncio.timeout` that insists: raises TimeoutError even when its first cancellation got lost.
@@ -79,6 +99,32 @@ async def deadline(seconds: float) -> AsyncIterator[None]:
     """
     async with asyncio.timeout(seconds + INSIST_SECONDS), asyncio.timeout(seconds):
         yield
+
+
+class BulkReads:
+    """The line of clients that catch up: however many they are, half of the readers stay with everybody else.
+
+    Who stood in line when the database fell silent is not kept for a silence of their own: each place that becomes
+    free would cost the next one a whole timeout, and the hundredth minutes.
+    """
+
+    def __init__(self, places: int) -> None:
+        self._places = asyncio.Semaphore(max(1, places))
+        self._silent_at = -math.inf
+
+    def fell_silent(self) -> None:
+        """A reader has waited for the database in vain."""
+        self._silent_at = time.monotonic()
+
+    async def __aenter__(self) -> None:
+        came_at = time.monotonic()
+        await self._places.acquire()
+        if self._silent_at > came_at:
+            self._places.release()
+            raise unavailable(TimeoutError())
+
+    async def __aexit__(self, *_: object) -> None:
+        self._places.release()
 
 
 class Database:
@@ -91,8 +137,7 @@ class Database:
         self._sqlite_write = asyncio.Lock()
         """SQLite allows one writer: here they queue in order, at the file they would have to try again and again."""
         self._mysql_log: MySQLLogConnection | None = None
-        # A storm of clients that catch up must leave half of the readers to everybody else.
-        self.bulk_reads = asyncio.Semaphore(max(1, (settings.db_pool_size if self.is_mysql else SQLITE_READERS) // 2))
+        self.bulk_reads = BulkReads((settings.db_pool_size if self.is_mysql else SQLITE_READERS) // 2)
         self._mysql_connect = {"connect_timeout": settings.db_timeout_seconds, "init_command": MYSQL_SESSION}
         url = database_url(settings, driver="async")
         if self.is_mysql:
@@ -238,6 +283,8 @@ class Database:
         except (DBAPIError, PoolTimeoutError, TimeoutError, OSError) as error:
             if isinstance(error, DBAPIError) and not is_transient(error):
                 raise
+            if isinstance(error, TimeoutError):
+                self.bulk_reads.fell_silent()
             log.warning("database_unavailable", extra={"error": describe(error)})
             raise unavailable(error) from error
 

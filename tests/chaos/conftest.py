@@ -7,11 +7,14 @@ import os
 import random
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
 from app.core.config import Settings
+from app.db.database import migrate
 from tests.chaos import report as chaos_report
+from tests.chaos.own_mysql import OwnMysql, missing, own_mysql
 from tests.chaos.report import Row, SceneReport
 from tests.chaos.scale import FORM
 from tests.support.databases import MYSQL_URL, MysqlDatabase, SqliteTemplate, make_settings
@@ -118,6 +121,32 @@ def _marked(request: pytest.FixtureRequest) -> dict[str, object]:
 def sqlite_settings(sqlite_template: SqliteTemplate, tmp_path: Path, request: pytest.FixtureRequest) -> Settings:
     """A fresh database on SQLite, whatever else is there."""
     return make_settings(**{**sqlite_template.new(tmp_path), **_marked(request)})
+
+
+def lacking(reason: str) -> NoReturn:
+    """Leave a scene out for want of something, and say so; CI has everything, so there it fails."""
+    if os.environ.get("CI"):
+        pytest.fail(reason)
+    pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def killable_mysql() -> Iterator[OwnMysql]:
+    """A MySQL for this run alone, to be killed and frozen."""
+    if not MYSQL_URL:
+        pytest.skip("DIALECT_TEST_MYSQL_URL is not set")
+    if reason := missing():
+        lacking(reason)
+    with own_mysql() as mysql:
+        yield mysql
+
+
+@pytest.fixture
+def killable_settings(killable_mysql: OwnMysql, tmp_path: Path) -> Settings:
+    """A fresh database on it."""
+    settings = make_settings(**killable_mysql.new("dialect_chaos"), upload_path=tmp_path / "uploads")
+    migrate(settings)
+    return settings
 
 
 @pytest.fixture

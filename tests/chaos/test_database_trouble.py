@@ -11,15 +11,14 @@ import re
 import sys
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import httpx
 import pymysql
 import pytest
-import websockets
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -28,58 +27,25 @@ from app.core.errors import Unavailable
 from app.db.database import Database
 from tests.chaos.conftest import Launch
 from tests.chaos.report import SceneReport
+from tests.chaos.world import (
+    ANSWER_SECONDS,
+    RECOVERY_SECONDS,
+    SLACK,
+    Answer,
+    Event,
+    World,
+    ask_for_everything,
+    launched,
+    populated,
+    recovery,
+    say_until_stored,
+    timed,
+)
 from tests.support.accounts import Account, register
 from tests.support.proxy import FaultProxy, Verdict
-from tests.support.servers import Server, free_port
 from tests.support.socket_client import SocketClient
 
-Event = dict[str, Any]
 PROMISE = "Trouble with the database is no loss and no hang"
-ANSWER_SECONDS = 5.0
-"""Within so long everything is answered, whatever the database does."""
-RECOVERY_SECONDS = 5.0
-"""And so long after the database is back, everything works."""
-SLACK = 0.5
-"""What this process itself may take to notice an answer on a busy machine."""
-
-# Paths that are served without the database.
-NO_DATABASE = {"/", "/health/live", "/openapi.json", "/docs", "/redoc"}
-
-
-@dataclass
-class World:
-    """Two people, their chat, a group, and a message in each."""
-
-    server: Server
-    ann: Account
-    bob: Account
-    chat_id: int
-    group_id: int
-    message_id: int
-    sockets: list[SocketClient] = field(default_factory=list)
-
-
-@contextlib.asynccontextmanager
-async def _populated(server: Server) -> AsyncIterator[World]:
-    async with server.client() as client:
-        ann, bob = await register(client), await register(client)
-        chat = (await client.post("/api/v1/chats/personal", json={"user_id": bob.id}, headers=ann.headers)).json()
-        body = {"title": "Both", "member_ids": [bob.id]}
-        group = (await client.post("/api/v1/chats/group", json=body, headers=ann.headers)).json()
-        path = f"/api/v1/chats/{chat['id']}/messages"
-        sent = (await client.post(path, json={"content": "before the trouble"}, headers=ann.headers)).json()
-    world = World(server, ann, bob, chat["id"], group["id"], sent["message"]["id"])
-    async with contextlib.AsyncExitStack() as stack:
-        for account in (ann, bob):
-            socket = await SocketClient.open(server.ws_url, account.access_token)
-            world.sockets.append(await stack.enter_async_context(socket))
-        yield world
-
-
-async def _launch(launch: Launch, settings: Settings) -> Server:
-    server = launch(settings, free_port())
-    await asyncio.to_thread(server.wait_until_ready)
-    return server
 
 
 @pytest.fixture
@@ -93,162 +59,24 @@ async def proxy(mysql_settings: Settings) -> AsyncIterator[FaultProxy]:
 async def world(mysql_settings: Settings, proxy: FaultProxy, launch: Launch) -> AsyncIterator[World]:
     """People on a server that reaches MySQL through the proxy."""
     behind = mysql_settings.model_copy(update={"db_host": "127.0.0.1", "db_port": proxy.port})
-    async with _populated(await _launch(launch, behind)) as world:
+    async with populated(await launched(launch, behind)) as world:
         yield world
 
 
-# --- asking for everything --------------------------------------------------------------------------------------
-
-
-@dataclass
-class Answer:
-    """What came of a request, and how soon."""
-
-    what: str
-    seconds: float
-    status: int
-    code: str
-
-    @property
-    def late(self) -> bool:
-        return self.seconds > ANSWER_SECONDS + SLACK
-
-
-async def _timed(what: str, asking: Callable[[], Awaitable[tuple[int, str]]]) -> Answer:
-    begun = time.monotonic()
-    try:
-        async with asyncio.timeout(ANSWER_SECONDS * 3):
-            status, code = await asking()
-    except TimeoutError:
-        status, code = 0, "never answered"
-    return Answer(what, time.monotonic() - begun, status, code)
-
-
-def _every_request(world: World, openapi: Event) -> list[tuple[str, str, Event | None]]:
-    """Each route of the API with a body that would do; a route this does not know yet gets an empty one."""
-    values = {
-        "chat_id": world.chat_id,
-        "message_id": world.message_id,
-        "user_id": world.bob.id,
-        "session_id": 1,
-        "identifier": world.bob.username,
-    }
-    bodies: dict[str, Event] = {
-        "/chats/personal": {"user_id": world.bob.id},
-        "/chats/group": {"title": "New"},
-        "/chats/{chat_id}/messages": {"content": "in trouble"},
-        "/chats/{chat_id}/messages/{message_id}": {"content": "edited"},
-        "/chats/{chat_id}/members": {"user_ids": [world.bob.id]},
-        "/chats/{chat_id}/members/{user_id}/role": {"role": "admin"},
-        "/chats/{chat_id}": {"title": "Renamed"},
-        "/users/me": {"bio": "trouble"},
-        "/messages/resume": {},
-        "/auth/register": {"phone": "+79990000000", "password": "Orchid-lantern-77!", "username": "trouble_77"},
-        "/auth/refresh": {"refresh_token": "x" * 43},
-        "/push/device": {"kind": "token", "token": "trouble"},
-    }
-    requests: list[tuple[str, str, Event | None]] = []
-    for template, methods in openapi["paths"].items():
-        short = template.removeprefix("/api/v1")
-        path = re.sub(r"\{(\w+)\}", lambda match: str(values.get(match[1], 1)), template)
-        for method in methods:
-            if (
-                method not in ("get", "post", "put", "patch", "delete")
-                or short.endswith("/ws")
-                or short == "/auth/logout"
-            ):
-                continue
-            if template in NO_DATABASE:
-                continue
-            query = ""
-            if short == "/users/search":
-                query = "?q=person"
-            elif short == "/users/username-available":
-                query = f"?username={world.bob.username}"
-            requests.append(
-                (method, path + query, bodies.get(short, {}) if method in ("post", "put", "patch") else None)
-            )
-    return requests
-
-
-async def _ask_for_everything(world: World, openapi: Event) -> list[Answer]:
-    async with httpx.AsyncClient(
-        base_url=world.server.url, timeout=ANSWER_SECONDS * 4, limits=httpx.Limits(max_connections=200)
-    ) as client:
-
-        def request(method: str, path: str, body: Event | None) -> Callable[[], Awaitable[tuple[int, str]]]:
-            async def ask() -> tuple[int, str]:
-                answer = await client.request(method, path, json=body, headers=world.ann.headers)
-                is_problem = answer.headers.get("content-type", "") == "application/problem+json"
-                return answer.status_code, answer.json()["code"] if is_problem else ""
-
-            return ask
-
-        def send(number: int) -> Callable[[], Awaitable[tuple[int, str]]]:
-            async def say() -> tuple[int, str]:
-                socket = world.sockets[number % 2]
-                answer = await socket.say(world.chat_id, f"over the socket {number}")
-                if answer["type"] == "ack":
-                    return 200, "ack"
-                assert answer["retryable"], answer
-                return 503, answer["code"]
-
-            return say
-
-        async def connect() -> tuple[int, str]:
-            try:
-                client = await SocketClient.open(world.server.ws_url, world.bob.access_token)
-            except AssertionError as error:
-                return (503, "1012") if "closed with 1012" in str(error) else (500, str(error))
-            except websockets.InvalidStatus as error:
-                return error.response.status_code, ""
-            await client.close()
-            return 200, "hello"
-
-        asking = [
-            _timed(f"{method} {path}", request(method, path, body))
-            for method, path, body in _every_request(world, openapi)
-        ]
-        asking += [_timed(f"send {number}", send(number)) for number in range(20)]
-        asking.append(_timed("a new socket", connect))
-        return list(await asyncio.gather(*asking))
-
-
-async def _say_until_stored(world: World, client_id: str, sender: int = 0) -> Event:
-    """Repeat a send until it is acknowledged, as a client does; every answer must come in time."""
-    while True:
-        begun = time.monotonic()
-        answer = await world.sockets[sender].say(world.chat_id, "again and again", client_id=client_id)
-        assert time.monotonic() - begun <= ANSWER_SECONDS + SLACK, answer
-        if answer["type"] == "ack":
-            return answer
-        assert answer["code"] in ("database_unavailable", "busy"), answer
-        assert answer["retryable"] is True
-        assert answer["client_id"] == client_id
-
-
-async def _recovery(world: World) -> float:
-    """Seconds until a read and a send work again."""
-    begun = time.monotonic()
-    async with asyncio.timeout(RECOVERY_SECONDS * 4), world.server.client() as client:
-        await _say_until_stored(world, str(uuid.uuid4()))
-        while (await client.get("/api/v1/chats", headers=world.ann.headers)).status_code != 200:
-            pass
-        while (await client.get("/health/ready")).status_code != 200:
-            pass
-    return time.monotonic() - begun
-
-
-def _rows(settings: Settings, chat_id: int) -> dict[str, list[tuple[int, int]]]:
-    """Client id to the (id, seq) it is stored under, asked of MySQL itself."""
-    connection = pymysql.connect(
+def _connect(settings: Settings) -> pymysql.Connection[Any]:
+    """Another program that works on the same database."""
+    return pymysql.connect(
         host=settings.db_host,
         port=settings.db_port,
         user=settings.db_user,
         password=settings.db_password.get_secret_value(),
         database=settings.db_name,
     )
-    with connection, connection.cursor() as cursor:
+
+
+def _rows(settings: Settings, chat_id: int) -> dict[str, list[tuple[int, int]]]:
+    """Client id to the (id, seq) it is stored under, asked of MySQL itself."""
+    with _connect(settings) as connection, connection.cursor() as cursor:
         cursor.execute("SELECT client_id, id, seq FROM messages WHERE chat_id = %s", (chat_id,))
         rows: dict[str, list[tuple[int, int]]] = {}
         for client_id, message_id, seq in cursor.fetchall():
@@ -273,10 +101,10 @@ async def test_a_frozen_database_is_answered_for_in_time_and_serves_again_withou
     refused: Event = {}
     while time.monotonic() - begun < 6:
         refused = await world.sockets[0].say(world.chat_id, "again and again", client_id=named)
-        answers += await _ask_for_everything(world, openapi)
+        answers += await ask_for_everything(world, openapi)
     frozen = time.monotonic() - begun
     proxy.thaw()
-    recovered = await _recovery(world)
+    recovered = await recovery(world)
     report.tell("frozen for", frozen, "s")
     report.tell("requests meanwhile", len(answers))
     report.at_most("slowest answer", max(a.seconds for a in answers), ANSWER_SECONDS + SLACK, "s")
@@ -290,10 +118,37 @@ async def test_a_frozen_database_is_answered_for_in_time_and_serves_again_withou
     assert {(answer.status, answer.code) for answer in reads} == {(503, "database_unavailable")}
     report.at_most("recovered in", recovered, RECOVERY_SECONDS, "s")
     # What was refused is stored once by its retry, and the sockets that were open all the time hear of it.
-    ack = await _say_until_stored(world, named)
+    ack = await say_until_stored(world, named)
     assert _rows(mysql_settings, world.chat_id)[named] == [(ack["message_id"], ack["seq"])]
     heard = await world.sockets[1].wait(lambda e: e["type"] == "new_message" and e["message"]["client_id"] == named)
     assert heard["message"]["id"] == ack["message_id"]
+
+
+@pytest.mark.chaos(PROMISE)
+@pytest.mark.timeout(120)
+async def test_a_crowd_that_connects_while_the_database_is_frozen_is_refused_in_time_to_the_last(
+    world: World, proxy: FaultProxy, report: SceneReport
+) -> None:
+    async with world.server.client() as client:
+        people = [await register(client) for _ in range(12)]
+        for person in people:  # so that their tokens need no database
+            assert (await client.get("/api/v1/users/me", headers=person.headers)).status_code == 200
+
+    async def knock(person: Account) -> tuple[int, str, str]:
+        with pytest.raises(AssertionError, match="closed with 1012"):
+            await SocketClient.open(world.server.ws_url, person.access_token)
+        return 503, "1012", ""
+
+    proxy.freeze()
+    answers = await asyncio.gather(*(timed("a new socket", partial(knock, person)) for person in people * 5))
+    proxy.thaw()
+    report.tell("new sockets", len(answers))
+    report.at_most("the last one refused after", max(a.seconds for a in answers), ANSWER_SECONDS + SLACK, "s")
+    async with asyncio.timeout(RECOVERY_SECONDS):
+        while True:
+            with contextlib.suppress(AssertionError):
+                await (await SocketClient.open(world.server.ws_url, people[0].access_token)).close()
+                break
 
 
 @pytest.mark.chaos(PROMISE)
@@ -362,7 +217,7 @@ async def test_a_connection_lost_during_commit_is_never_acknowledged_wrongly_and
         assert time.monotonic() - begun <= ANSWER_SECONDS + SLACK
     proxy.on_commit = None
     begun = time.monotonic()
-    ack = await _say_until_stored(world, client_id)
+    ack = await say_until_stored(world, client_id)
     assert time.monotonic() - begun <= RECOVERY_SECONDS
     assert _rows(mysql_settings, world.chat_id)[client_id] == [(ack["message_id"], ack["seq"])]
     assert first in ([], [(ack["message_id"], ack["seq"])])
@@ -433,10 +288,10 @@ async def test_a_server_whose_connections_are_all_reset_recovers_by_itself(
             assert response.status_code == 503, (path, response.text)
             assert time.monotonic() - begun <= ANSWER_SECONDS + SLACK
     proxy.refusing = False
-    report.at_most("recovered from a reset in", await _recovery(world), RECOVERY_SECONDS, "s")
+    report.at_most("recovered from a reset in", await recovery(world), RECOVERY_SECONDS, "s")
     proxy.cut()  # and once more, politely, with nobody kept waiting outside
-    report.at_most("recovered from a goodbye in", await _recovery(world), RECOVERY_SECONDS, "s")
-    ack = await _say_until_stored(world, client_id)
+    report.at_most("recovered from a goodbye in", await recovery(world), RECOVERY_SECONDS, "s")
+    ack = await say_until_stored(world, client_id)
     assert _rows(mysql_settings, world.chat_id)[client_id] == [(ack["message_id"], ack["seq"])]
 
 
@@ -449,7 +304,7 @@ async def test_an_answer_of_the_database_cut_at_any_byte_costs_no_message_and_do
     for _ in range(40):
         proxy.bytes_left = rng.randrange(1, 400)
         client_id = str(uuid.uuid4())
-        acks[client_id] = await _say_until_stored(world, client_id)
+        acks[client_id] = await say_until_stored(world, client_id)
     assert proxy.cuts_after_bytes > 10
     proxy.bytes_left = None
     rows = _rows(mysql_settings, world.chat_id)
@@ -472,6 +327,112 @@ async def test_a_distant_database_makes_answers_late_not_wrong(
     report.at_most("answered in", took, ANSWER_SECONDS, "s")
 
 
+# --- locks ------------------------------------------------------------------------------------------------------
+
+
+async def _until_somebody_waits(settings: Settings) -> None:
+    """Return once a transaction of this database waits for a lock of another."""
+    waiting = """SELECT COUNT(*) FROM performance_schema.data_lock_waits w JOIN performance_schema.data_locks l
+        ON l.engine_lock_id = w.requesting_engine_lock_id WHERE l.object_schema = DATABASE()"""
+
+    def look() -> int:
+        with _connect(settings) as connection, connection.cursor() as cursor:
+            cursor.execute(waiting)
+            [count] = cursor.fetchone() or (0,)
+            return int(count)
+
+    async with asyncio.timeout(ANSWER_SECONDS):
+        while not await asyncio.to_thread(look):  # noqa: ASYNC110
+            await asyncio.sleep(0.02)  # a look at the database from outside; it tells nobody
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.chaos(PROMISE)
+async def test_a_row_that_another_program_keeps_locked_is_refused_in_time_and_free_again_works(
+    mysql_settings: Settings, launch: Launch, report: SceneReport
+) -> None:
+    async with populated(await launched(launch, mysql_settings)) as world, world.server.client() as client:
+        named = str(uuid.uuid4())
+        elsewhere = await client.post("/api/v1/chats/group", json={"title": "Elsewhere"}, headers=world.bob.headers)
+        with _connect(mysql_settings) as holder, holder.cursor() as cursor:
+            for chat_id in (world.chat_id, world.group_id):
+                cursor.execute("SELECT id FROM chats WHERE id = %s FOR UPDATE", (chat_id,))
+
+            async def send() -> tuple[int, str, str]:
+                answer = await world.sockets[0].say(world.chat_id, "again and again", client_id=named)
+                return (200, "ack", "") if answer["type"] == "ack" else (503, answer["code"], answer["retry_after"])
+
+            async def rename() -> tuple[int, str, str]:
+                path = f"/api/v1/chats/{world.group_id}"
+                answer = await client.patch(path, json={"title": "Renamed"}, headers=world.ann.headers)
+                return answer.status_code, answer.json().get("code", ""), answer.headers.get("retry-after", "")
+
+            asked = [asyncio.create_task(timed("send", send)), asyncio.create_task(timed("rename", rename))]
+            free = []
+            while not all(task.done() for task in asked):
+                begun = time.monotonic()
+                other = await world.sockets[1].say(elsewhere.json()["id"], "nobody holds this one")
+                assert other["type"] == "ack"
+                free.append(time.monotonic() - begun)
+            answers = await asyncio.gather(*asked)
+            holder.rollback()
+        ack = await say_until_stored(world, named)
+        answer = await client.patch(
+            f"/api/v1/chats/{world.group_id}", json={"title": "Renamed"}, headers=world.ann.headers
+        )
+        assert answer.status_code == 200
+    assert [(answer.status, bool(answer.retry_after)) for answer in answers] == [(503, True)] * 2
+    assert answers[1].code == "busy"  # 1205
+    report.at_most("refused after", max(answer.seconds for answer in answers), ANSWER_SECONDS + SLACK, "s")
+    report.tell("sends to other chats meanwhile", len(free))
+    report.at_most("slowest of them", max(free), 1, "s")
+    report.exactly("rows after the retry", len(_rows(mysql_settings, world.chat_id)[named]), 1)
+    assert _rows(mysql_settings, world.chat_id)[named] == [(ack["message_id"], ack["seq"])]
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.chaos(PROMISE)
+async def test_who_loses_a_deadlock_is_told_to_try_again_or_has_it_done_by_the_server(
+    mysql_settings: Settings, launch: Launch, report: SceneReport
+) -> None:
+    async with populated(await launched(launch, mysql_settings)) as world, world.server.client() as client:
+
+        async def edit() -> str:
+            socket, ref = world.sockets[0], uuid.uuid4().hex
+            await socket.send(
+                type="edit_message", chat_id=world.chat_id, message_id=world.message_id, content="edited", ref=ref
+            )
+            return str((await socket.wait(ref=ref))["type"])
+
+        async def remove() -> str:
+            path = f"/api/v1/chats/{world.group_id}/members/{world.bob.id}"
+            answer = await client.delete(path, headers=world.ann.headers)
+            return "done" if answer.status_code == 204 else str(answer.json()["code"])
+
+        outcomes: list[str] = []
+        for chat_id, table, row, act in (
+            (world.chat_id, "messages", world.message_id, edit),
+            (world.group_id, "users", world.bob.id, remove),
+        ):
+            with _connect(mysql_settings) as opponent, opponent.cursor() as cursor:
+                # MySQL ends the transaction that has changed less: never this one.
+                cursor.execute("CREATE TEMPORARY TABLE heavy (n INT) ENGINE=InnoDB")
+                cursor.executemany("INSERT INTO heavy VALUES (%s)", [(n,) for n in range(2000)])
+                cursor.execute(f"SELECT id FROM {table} WHERE id = %s FOR UPDATE", (row,))
+                acting = asyncio.create_task(act())
+                await _until_somebody_waits(mysql_settings)
+                await asyncio.to_thread(cursor.execute, "SELECT id FROM chats WHERE id = %s FOR UPDATE", (chat_id,))
+                opponent.rollback()
+            outcomes.append(await acting)
+        # The writer tries again by itself; a unit of work leaves that to the client.
+        assert outcomes == ["ack", "busy"]
+        assert await remove() == "done"
+        history = await client.get(f"/api/v1/messages/history/{world.chat_id}", headers=world.bob.headers)
+        assert [message["content"] for message in history.json()["items"]] == ["edited"]
+    lost = len(re.findall(r"\b1213\b", world.server.log))
+    report.at_least("deadlocks lost", lost, 2)
+
+
 # --- SQLite -----------------------------------------------------------------------------------------------------
 
 HOLD_THE_LOCK = """
@@ -490,7 +451,7 @@ connection.execute("ROLLBACK")
 async def test_a_sqlite_file_locked_by_another_process_delays_or_refuses_sends_and_stops_nothing(
     sqlite_settings: Settings, launch: Launch, seconds: int, report: SceneReport
 ) -> None:
-    async with _populated(await _launch(launch, sqlite_settings)) as world:
+    async with populated(await launched(launch, sqlite_settings)) as world:
         await _hold_and_ask(world, sqlite_settings, seconds, report)
 
 
@@ -510,18 +471,18 @@ async def _hold_and_ask(world: World, sqlite_settings: Settings, seconds: int, r
     named = [str(uuid.uuid4()) for _ in range(10)]
 
     async def say(number: int, client_id: str) -> Answer:
-        async def ask() -> tuple[int, str]:
+        async def ask() -> tuple[int, str, str]:
             answer = await world.sockets[number % 2].say(world.chat_id, "at a lock", client_id=client_id)
-            return (200, "ack") if answer["type"] == "ack" else (503, answer["code"])
+            return (200, "ack", "") if answer["type"] == "ack" else (503, answer["code"], "")
 
-        return await _timed(f"send {number}", ask)
+        return await timed(f"send {number}", ask)
 
     async def ask(method: str, path: str, body: Event | None = None) -> Answer:
-        async def request() -> tuple[int, str]:
+        async def request() -> tuple[int, str, str]:
             answer = await client.request(method, path, json=body, headers=world.ann.headers)
-            return answer.status_code, answer.json().get("code", "") if answer.content else ""
+            return answer.status_code, answer.json().get("code", "") if answer.content else "", ""
 
-        return await _timed(f"{method} {path}", request)
+        return await timed(f"{method} {path}", request)
 
     async with httpx.AsyncClient(base_url=world.server.url, timeout=ANSWER_SECONDS * 4) as client:
         sends = [asyncio.create_task(say(number, client_id)) for number, client_id in enumerate(named)]
@@ -536,7 +497,7 @@ async def _hold_and_ask(world: World, sqlite_settings: Settings, seconds: int, r
         released = time.monotonic()
         answers = [*await asyncio.gather(*sends), *await asyncio.gather(*writes)]
     await holder.wait()
-    recovered = await _recovery(world)
+    recovered = await recovery(world)
     report.tell("locked for", released - locked, "s")
     report.at_most("slowest answer", max(a.seconds for a in answers), ANSWER_SECONDS + SLACK, "s")
     allowed = {(200, "ack"), (200, ""), (201, ""), (503, "database_unavailable"), (503, "busy")}
@@ -548,7 +509,7 @@ async def _hold_and_ask(world: World, sqlite_settings: Settings, seconds: int, r
     else:
         assert {answer.status for answer in answers[: len(sends)]} == {503}
     report.at_most("recovered in", recovered, RECOVERY_SECONDS, "s")
-    acks = [await _say_until_stored(world, client_id, number % 2) for number, client_id in enumerate(named)]
+    acks = [await say_until_stored(world, client_id, number % 2) for number, client_id in enumerate(named)]
     assert len({ack["message_id"] for ack in acks}) == len(named)
     async with world.server.client() as client:
         page = (
