@@ -12,7 +12,7 @@ from fastapi import FastAPI
 from starlette.responses import JSONResponse, RedirectResponse, Response
 
 from app import __version__
-from app.api import docs_pages, examples, problems, webhooks
+from app.api import docs_pages, examples, metrics, problems, webhooks
 from app.api.graceful_stop import graceful_stop
 from app.api.middleware import middleware
 from app.api.v1 import (
@@ -83,6 +83,7 @@ def create_app(settings: Settings | None = None, clock: Clock | None = None) -> 
     ):  # fmt: skip
         app.include_router(module.router, prefix="/api/v1", responses=problems.problems("invalid_request"))
     app.include_router(health.router)
+    app.include_router(metrics.router)
     app.add_api_route("/", root_of(settings), include_in_schema=False)
     if settings.docs_enabled:
         docs_pages.install(app)

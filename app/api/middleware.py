@@ -20,6 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocketDisconnect
 
 from app.api.problems import DETAILS, BodyRefused, error_response, internal_error
+from app.core import metrics
 from app.core.clock import Clock
 from app.core.config import Settings
 from app.core.errors import BadInput, DialectError, NotFound, StartupError, TooLarge, file_too_large
@@ -29,8 +30,9 @@ log = logging.getLogger(__name__)
 access_log = logging.getLogger("app.access")
 
 REQUEST_ID = "X-Request-ID"
+API = "/api/v1"
 SANE_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
-QUIET_PATHS = ("/health/",)
+QUIET_PATHS = ("/health/", "/metrics")
 """Asked every few seconds by machines: logged only when they fail."""
 
 
@@ -103,13 +105,13 @@ class RequestLog:
         given = Headers(scope=scope).get(REQUEST_ID, "")
         current = given if SANE_ID.fullmatch(given) else secrets.token_hex(8)
         token = request_id.set(current)
-        began = self.clock.monotonic()
+        began = answered = self.clock.monotonic()
         status = 0
 
         async def send_with_id(message: Message) -> None:
-            nonlocal status
+            nonlocal status, answered
             if message["type"] in ("http.response.start", "websocket.http.response.start"):
-                status = message["status"]
+                status, answered = message["status"], self.clock.monotonic()
                 MutableHeaders(scope=message)[REQUEST_ID] = current
             elif message["type"] == "websocket.accept":
                 status = 101
@@ -120,6 +122,8 @@ class RequestLog:
         try:
             await self.app(scope, receive, send_with_id)
         finally:
+            if scope["type"] == "http" and status:
+                metrics.count_request(scope["method"], _template(scope), status, answered - began)
             if status >= 400 or not scope["path"].startswith(QUIET_PATHS):
                 access_log.info(
                     "request" if scope["type"] == "http" else "socket",
@@ -133,6 +137,12 @@ class RequestLog:
                     },
                 )
             request_id.reset(token)
+
+
+def _template(scope: Scope) -> str:
+    """The path of the route that answered, as its code names it; empty when none did."""
+    path: str = getattr(scope.get("route"), "path_format", "")
+    return API + path if path and scope["path"].startswith(API) else path
 
 
 MAX_PATH = 1024

@@ -103,6 +103,11 @@ class Settings(BaseSettings):
     forwarded_allow_ips: str = Field(
         "127.0.0.1", description="Proxies whose X-Forwarded-For is believed, comma-separated."
     )
+    metrics_enabled: bool = Field(True, description="Serve /metrics, for Prometheus.")
+    metrics_token: SecretStr = Field(
+        SecretStr(""),
+        description="Who reads /metrics shows this as `Authorization: Bearer`. Empty: only this machine itself may.",
+    )
     max_body_bytes: int = Field(1024 * 1024, ge=1024, description="Largest request body, uploads aside.")
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="Least level logged.")
     log_format: Literal["json", "console"] = Field("console", description="`json` for machines.")

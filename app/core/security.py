@@ -25,6 +25,7 @@ from typing import Any, NamedTuple, TypeVar
 import argon2
 import jwt
 
+from app.core import metrics
 from app.core.clock import Clock
 from app.core.config import Settings
 from app.core.errors import StartupError, Unauthenticated, Unavailable
@@ -70,6 +71,11 @@ class PasswordHasher:
         """Whether a hash was made with other parameters than those set now."""
         return self._argon2.check_needs_rehash(stored)
 
+    @property
+    def waiting(self) -> int:
+        """Passwords being hashed or waiting for it."""
+        return self._pending
+
     def close(self) -> None:
         """Let the threads end."""
         self._pool.shutdown(wait=False, cancel_futures=True)
@@ -83,6 +89,7 @@ class PasswordHasher:
 
     async def _run(self, work: Callable[[], T]) -> T:
         if self._pending >= self._max_pending:
+            metrics.argon2_refusals.inc()
             raise Unavailable("overloaded", "Too many people are logging in; try again in a moment.", retry_after=1)
         self._pending += 1
         try:

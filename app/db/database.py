@@ -32,6 +32,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engin
 from sqlalchemy.pool import ConnectionPoolEntry, NullPool
 from sqlalchemy.util import await_only
 
+from app.core import metrics
 from app.core.config import Settings, get_settings
 from app.core.errors import StartupError, Unavailable
 from app.db.errors import describe, is_transient, unavailable
@@ -285,6 +286,7 @@ class Database:
                 raise
             if isinstance(error, TimeoutError):
                 self.bulk_reads.fell_silent()
+            metrics.database_unavailable.inc()
             log.warning("database_unavailable", extra={"error": describe(error)})
             raise unavailable(error) from error
 

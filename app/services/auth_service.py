@@ -26,6 +26,7 @@ from app.core.ids import IdAllocator
 from app.core.passwords import check_password, prepare_password
 from app.core.phone import parse_phone
 from app.core.security import AccessTokens, PasswordHasher
+from app.core.tasks import supervise
 from app.db.database import Database
 from app.db.repositories import push as push_repository
 from app.db.repositories import sessions as session_repository
@@ -290,7 +291,7 @@ class AuthService:
         if len(self._seen) < CACHED_SESSIONS:
             self._seen[session_id] = now
         if self._later is None or self._later.done():
-            self._later = asyncio.create_task(self._store_later(), name="sessions-seen")
+            self._later = supervise("sessions-seen", self._store_later, until=lambda: not self._seen)
 
     async def _store_later(self) -> None:
         while self._seen:

@@ -14,9 +14,11 @@ from datetime import datetime
 from enum import IntEnum
 from typing import Any
 
+from app.core import metrics
 from app.core.clock import Clock, timestamp
 from app.core.config import Settings
 from app.core.errors import Conflict, Unavailable
+from app.core.tasks import supervise
 from app.db.database import Database
 from app.db.events import AnyEvent, CatchUpEvent, HeartbeatEvent
 from app.db.repositories import accounts as accounts_repository
@@ -33,6 +35,7 @@ DIGEST_PRIME = 65521
 DIGEST_MODULUS = 2147483647
 CATCH_UP_FLUSH_BYTES = 64 * 1024
 HELD_FRAMES_MAX = 1000
+TICK_SECONDS = 1.0
 TOKEN_WARNING_SECONDS = 60.0
 
 
@@ -138,6 +141,7 @@ class Connection:
         """Append frames; closes the connection when its peer has left too much unread."""
         if self.closing or not self.ready:
             return
+        metrics.frames_sent.n += len(frames.payloads)
         self.transport.send(frames)
         if not self._flush_check and self.transport.unsent_bytes > self._manager.max_unsent_bytes + self._paced:
             # The bytes of this very turn are not on the wire yet: judge after the loop had its chance to write.
@@ -147,6 +151,7 @@ class Connection:
     def send_droppable(self, frames: Frames) -> None:
         """Send what may be lost: nothing when the peer is behind."""
         if self.ready and not self.closing and self.transport.unsent_bytes < self._manager.max_unsent_bytes // 8:
+            metrics.frames_sent.n += len(frames.payloads)
             self.transport.send(frames)
 
     def _close_if_slow(self) -> None:
@@ -159,6 +164,8 @@ class Connection:
         """Say goodbye after what is queued; the transport gives up on a peer that does not take it."""
         if not self.closing:
             self.closing = True
+            if code is CloseCode.SLOW:
+                metrics.slow_readers.inc()
             self.transport.close(code, reason)
 
     # --- live events of chats ---
@@ -389,7 +396,7 @@ class ConnectionManager:
 
     def start(self) -> None:
         """Begin heartbeats."""
-        self._ticker = asyncio.create_task(self._tick(), name="heartbeats")
+        self._ticker = supervise("heartbeats", self._tick)
 
     async def stop(self) -> None:
         """Close what is still open and end all work."""
@@ -438,6 +445,7 @@ class ConnectionManager:
     def _on_task_done(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
+            metrics.task_failures.labels(task.get_name()).inc()
             log.error("task_failed", exc_info=error, extra={"task": task.get_name()})
 
     # --- connections ---
@@ -590,11 +598,8 @@ class ConnectionManager:
     async def _tick(self) -> None:
         """Every second: heartbeats that are due, tokens that run out."""
         while True:
-            await asyncio.sleep(1)
-            try:
-                await self._beat()
-            except Exception:
-                log.exception("heartbeat_failed")
+            await asyncio.sleep(TICK_SECONDS)
+            await self._beat()
 
     async def _beat(self) -> None:
         now, wall = self._clock.monotonic(), self._clock.now()

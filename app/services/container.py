@@ -13,6 +13,7 @@ from app.core.config import Settings
 from app.core.errors import Unavailable
 from app.core.ids import IdAllocator, Kind
 from app.core.security import PasswordHasher
+from app.core.tasks import keep_running
 from app.db.database import Database
 from app.db.repositories import accounts as account_repository
 from app.db.repositories import ids as id_repository
@@ -37,6 +38,7 @@ from app.services.notification_service import NotificationService
 from app.services.presence_service import PresenceService
 from app.services.rate_limiter import RateLimiter
 from app.services.storage import open_storage
+from app.services.telemetry import Telemetry
 from app.services.ticket_store import MemoryTickets
 from app.services.typing_service import TypingService
 from app.services.unit_of_work import UnitOfWorkFactory
@@ -77,6 +79,7 @@ class Services:
     typing: TypingService
     presence: PresenceService
     notifications: NotificationService
+    telemetry: Telemetry
 
     async def start(self) -> None:
         """Take the database into use and begin work. Raises StartupError with a sentence for the operator."""
@@ -84,12 +87,12 @@ class Services:
         async with self.database.reading() as session:
             self.catch_up.epoch = await account_repository.epoch(session)
         self.connections.start()
-        # Beside serving: a million names take a while, and until the filter is warm the database is asked.
-        self.connections.spawn(self._warm_usernames(), "warm-usernames")
+        self.warm_usernames()
         self.files.start()
         self.sequencer.start()
         self.writer.start()
         self.notifications.start()
+        self.telemetry.start()
 
     async def drain(self) -> None:
         """Before a stop: answer what was taken, close every socket with 1012.
@@ -100,6 +103,7 @@ class Services:
 
     async def stop(self) -> None:
         """Finish what was begun and give everything back; also after a start that failed half-way."""
+        await self.telemetry.stop()
         await self.writer.stop()
         await self.files.stop()
         await self.notifications.stop()
@@ -113,6 +117,11 @@ class Services:
     async def check(self) -> dict[str, Literal["ok", "down"]]:
         """The state of everything that serving a request needs."""
         return {"database": "ok" if await self.database.ping() else "down"}
+
+    def warm_usernames(self) -> None:
+        """Fill the filter of usernames beside serving: a million take a while, and meanwhile the database is asked."""
+        warming = keep_running("warm-usernames", self._warm_usernames, until=lambda: self.usernames.warm)
+        self.connections.spawn(warming, "warm-usernames")
 
     async def _warm_usernames(self) -> None:
         # In pages, each a session of its own: millions of names at once would outlast the session's deadline.
@@ -217,6 +226,9 @@ def build_services(settings: Settings, clock: Clock | None = None) -> Services:
         typing=TypingService(database=database, rosters=rosters, connections=connections),
         presence=presence,
         notifications=notifications,
+        telemetry=Telemetry(
+            database=database, connections=connections, writer=writer, hasher=hasher, notifications=notifications
+        ),
     )
     services.auth.on_session_ended.append(connections.close_session)
     services.blocks.on_blocked.append(presence.separate)

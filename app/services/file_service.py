@@ -22,6 +22,7 @@ from typing import BinaryIO, Self, cast
 
 import puremagic
 
+from app.core import metrics
 from app.core.clock import Clock, timestamp
 from app.core.config import Settings
 from app.core.errors import (
@@ -34,6 +35,7 @@ from app.core.errors import (
     file_too_large,
 )
 from app.core.ids import IdAllocator
+from app.core.tasks import supervise
 from app.db.database import Database
 from app.db.repositories import files as repository
 from app.db.repositories.files import StoredFile
@@ -109,6 +111,7 @@ class Incoming:
     async def write(self, data: bytes) -> None:
         """Take the next bytes. Raises TooLarge (`file_too_large`) and Unavailable (`storage_unavailable`)."""
         self.size += len(data)
+        metrics.upload_bytes.n += len(data)
         if self.size > self._max_bytes:
             raise file_too_large(self._max_bytes)
         if len(self.head) < HEAD_BYTES:
@@ -178,7 +181,7 @@ class FileService:
     def start(self) -> None:
         """Begin collecting. Raises StartupError when the folder cannot be written."""
         clear_incoming(self._settings.upload_path, older_than_seconds=ABANDONED_SECONDS)
-        self._collector = asyncio.create_task(self._collect_for_ever(), name="collect-files")
+        self._collector = supervise("collect-files", self._collect_for_ever, until=self._stopping.is_set)
 
     async def stop(self) -> None:
         """End collecting; what it is at is finished, if that does not take long."""
@@ -265,6 +268,7 @@ class FileService:
         parts: Mapping[str, Path],
         *,
         kept_for: timedelta,
+        kind: str,
         size: int,
         created_at: datetime,
         **columns: object,
@@ -284,6 +288,7 @@ class FileService:
                 session,
                 id=file_id,
                 owner_id=user_id,
+                kind=kind,
                 size=size,
                 created_at=created_at,
                 collect_at=created_at + kept_for,
@@ -296,6 +301,7 @@ class FileService:
             async with self._database.writing() as session:
                 await repository.expire_files(session, [file_id], created_at)
             raise
+        metrics.uploads.labels(kind).inc()
         return file_id
 
     # --- going out ---
@@ -330,8 +336,6 @@ class FileService:
                 )
             except DialectError as error:
                 log.warning("collecting_files_failed", extra={"error": error.code})
-            except Exception:
-                log.exception("collecting_files_failed")
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._stopping.wait(), COLLECT_SECONDS)
 

@@ -7,6 +7,7 @@ from collections import OrderedDict
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from app.core import metrics
 from app.core.clock import Clock, timestamp
 from app.core.config import Settings
 from app.core.errors import BadInput, TooManyRequests, chat_not_found, message_not_found
@@ -135,6 +136,7 @@ class MessageService:
         else:
             self._buckets.move_to_end(user_id)  # who is silent for longest makes room
         if wait := bucket.take():
+            metrics.rate_limited.labels("limit_messages_per_second").inc()
             raise TooManyRequests("rate_limited", "Too many messages; slow down.", retry_after=wait)
 
     async def send(self, user_id: int, command: NewMessageCommand | EditMessageCommand) -> Message:

@@ -19,9 +19,11 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
+from app.core import metrics
 from app.core.clock import Clock
 from app.core.config import Settings
 from app.core.errors import Unauthenticated, Unavailable
+from app.core.tasks import supervise
 from app.db.database import Database
 from app.db.repositories import push as repository
 from app.db.repositories import sessions as session_repository
@@ -132,6 +134,16 @@ class NotificationService:
         """Whether there is anybody to push through."""
         return self._firebase is not None
 
+    @property
+    def devices_waiting(self) -> int:
+        """Devices being told, those that wait for a retry included."""
+        return self._jobs
+
+    @property
+    def chats_waiting(self) -> int:
+        """Chats with messages that were not looked at yet."""
+        return len(self._hints)
+
     def start(self) -> None:
         """Begin pushing, with what an earlier process left; without a service account say so, once."""
         if self._firebase is None:
@@ -141,8 +153,8 @@ class NotificationService:
             log.info("push_is_off", extra={"hint": hint})
             return
         self._loops = [
-            asyncio.create_task(self._run(), name="push"),
-            asyncio.create_task(self._keep_storing(), name="push-cursors"),
+            supervise("push", self._run),
+            supervise("push-cursors", self._keep_storing),
         ]
 
     async def stop(self) -> None:
@@ -225,9 +237,6 @@ class NotificationService:
             except Unavailable:
                 log.info("push_without_database")
                 self._behind = True
-                await asyncio.sleep(1)
-            except Exception:
-                log.exception("push_failed")
                 await asyncio.sleep(1)
             self._wake.clear()
             if not self._hints or self._jobs >= JOBS_MAX:
@@ -320,6 +329,7 @@ class NotificationService:
                 wait = await self._attempt(chat, job)
                 if wait is not None and loop.time() + wait > job.begun + self._settings.push_give_up_seconds:
                     log.warning("push_given_up", extra={"chat_id": chat.id, "session_id": job.session_id})
+                    metrics.push_outcomes.labels("given_up").inc()
                     wait = None
                 if wait is not None:
                     await asyncio.sleep(wait)
@@ -376,7 +386,9 @@ class NotificationService:
         if self._firebase is None:
             raise RuntimeError("push is off")
         data = {"type": "new_message", "chat_id": str(chat.id), "seq": str(job.trying), "unread": str(unread)}
-        outcome = await self._firebase.send(Push(device.kind, device.token, f"chat-{chat.id}", data))
+        with metrics.push_seconds.time():
+            outcome = await self._firebase.send(Push(device.kind, device.token, f"chat-{chat.id}", data))
+        metrics.push_outcomes.labels(outcome.kind).inc()
         where = {"chat_id": chat.id, "session_id": job.session_id, "reason": outcome.reason}
         match outcome.kind:
             case "sent":
@@ -396,6 +408,7 @@ class NotificationService:
                 job.tries += 1
                 if job.tries >= TRIES_MAX:
                     log.warning("push_given_up", extra=where)
+                    metrics.push_outcomes.labels("given_up").inc()
                     return None
                 log.info("push_retried", extra=where)
                 backoff = min(BACKOFF_SECONDS * 2.0 ** (job.tries - 1), BACKOFF_MAX_SECONDS) * random.uniform(0.5, 1)
@@ -410,8 +423,6 @@ class NotificationService:
                 await self._store()
             except Unavailable:
                 log.info("push_cursors_not_stored")
-            except Exception:
-                log.exception("push_failed")
 
     async def _store(self) -> None:
         """Move the cursors of chats that are done with something; forget chats that are done with everything."""

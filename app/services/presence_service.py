@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from app.core.clock import Clock, timestamp
 from app.core.config import Settings
 from app.core.errors import BadInput, Unavailable
+from app.core.tasks import keep_running
 from app.db.database import Database
 from app.db.events import PresenceEvent
 from app.db.repositories import pairs as pairs_repository
@@ -94,7 +95,9 @@ class PresenceService:
         if not online:
             self._gone.add(user_id)
             if self._later is None or self._later.done():
-                self._later = self._connections.start_task(self._flush_later(), "last-seen")
+                self._later = self._connections.start_task(
+                    keep_running("last-seen", self._flush_later, until=lambda: not self._gone), "last-seen"
+                )
         watchers = self._watchers.get(user_id)
         if watchers:
             event: PresenceEvent = {

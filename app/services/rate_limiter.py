@@ -12,6 +12,7 @@ from limits import RateLimitItem, parse
 from limits.aio.storage import MovingWindowSupport, Storage
 from limits.aio.strategies import MovingWindowRateLimiter
 
+from app.core import metrics
 from app.core.clock import Clock, SystemClock
 from app.core.config import Settings
 from app.core.errors import StartupError, TooManyRequests
@@ -111,6 +112,7 @@ class RateLimiter:
             return
         parts = (name, *map(str, key))
         if not await self._limiter.hit(rule, *parts):
+            metrics.rate_limited.labels(name).inc()
             stats = await self._limiter.get_window_stats(rule, *parts)
             wait = max(stats.reset_time - self._clock.monotonic(), 0.001)
             raise TooManyRequests("rate_limited", "Too many requests; wait a while.", retry_after=round(wait, 3))

@@ -16,6 +16,7 @@ from starlette.responses import Response
 from app.api import problems
 from app.api.asgi_transport import serve_socket
 from app.api.deps import ServicesDep
+from app.core import metrics
 from app.core.clock import timestamp
 from app.core.errors import BadInput, DialectError, Forbidden, TooManyRequests, Unauthenticated, Unavailable
 from app.db.events import (
@@ -84,6 +85,7 @@ async def socket(
         if services.connections.draining:
             raise Unavailable("shutting_down", "The server is restarting; try again.", retry_after=2)
     except DialectError as error:
+        metrics.socket_refusals.labels(error.code).inc()
         # Before the handshake is accepted, a refusal is an ordinary HTTP answer.
         await websocket.send_denial_response(problems.error_response(error))
         return
@@ -138,6 +140,7 @@ class SocketReceiver(Receiver):
         self._connection: Connection = self._connections.add(
             transport, caller.user_id, caller.session_id, caller.expires_at
         )
+        metrics.socket_connects.inc()
         self._connections.spawn(self._greet(), "greet")
 
     async def _greet(self) -> None:
@@ -184,6 +187,7 @@ class SocketReceiver(Receiver):
             else:
                 self._connection.close(CloseCode.FLOODING, "too many frames before hello")
             return
+        metrics.frames_received.n += 1
         if not self._within_rate(data):
             return
         try:
@@ -197,6 +201,7 @@ class SocketReceiver(Receiver):
             self._fail(error, command.ref, _client_id_of(command))
 
     def on_binary(self) -> None:
+        metrics.frames_received.n += 1
         if self._within_rate(b""):
             self._fail(BadInput("binary_frame", "Frames are JSON text."), None, None)
 
@@ -206,6 +211,7 @@ class SocketReceiver(Receiver):
             self._refused = 0
             return True
         self._refused += 1
+        metrics.rate_limited.labels("limit_frames_per_second").inc()
         if self._refused > REFUSED_FRAMES_MAX:
             self._connection.close(CloseCode.FLOODING, "too many frames")
         else:
@@ -221,6 +227,7 @@ class SocketReceiver(Receiver):
         self._connection.close(CloseCode.RESTART, "server restarts")
 
     def on_closed(self, code: int) -> None:
+        metrics.count_close(code, ours=self._connection.closing)
         self._services.presence.forget(self._connection)
         self._connections.remove(self._connection)
 
@@ -340,6 +347,7 @@ class SocketReceiver(Receiver):
         self._connection.send_event(ack)
 
     def _fail(self, error: DialectError, ref: str | None, client_id: str | None) -> None:
+        metrics.commands_refused.labels(error.code).inc()
         event: ErrorEvent = {
             "type": "error",
             "code": error.code,

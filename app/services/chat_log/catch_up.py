@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Sequence
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from app.core import metrics
 from app.core.config import Settings
 from app.db.database import Database
 from app.db.events import CatchUpEvent, ResetEvent
@@ -91,6 +92,7 @@ class CatchUpService:
             yield {"type": "chat_removed", "account_version": None, "chat_id": chat_id}
             return
         if reset is not None:
+            metrics.catch_up_resets.inc()
             yield reset
         elif since is None or afresh:
             async for event in self.chat(user_id, chat_id, None):
@@ -101,6 +103,7 @@ class CatchUpService:
                 yield event
                 if event["type"] == "chat_removed":
                     return
+        metrics.catch_up_chats.inc()
         yield {"type": "synced", "chat_id": chat_id, "version": cursor.version}
 
     async def _reset(self, session: AsyncSession, user_id: int, cursor: ChatCursor) -> ResetEvent | None:
@@ -162,6 +165,7 @@ class CatchUpService:
             if member is None or member.joined_version > since:
                 yield {"type": "chat_removed", "account_version": None, "chat_id": chat_id}
                 return
+            metrics.catch_up_pages.inc()
             yield {
                 "type": "chat_changes",
                 "chat_id": chat_id,
@@ -175,12 +179,14 @@ class CatchUpService:
 
     async def resume(self, user: OnlineUser, state: ResumeIn, ref: str | None) -> AsyncIterator[CatchUpEvent]:
         """The answer to `resume` on a socket, whose live events are held meanwhile. Raises Unavailable."""
+        metrics.resumes.labels("socket").inc()
         cursors = await self._connections.load_chats(user)
         async for event in self._resume(user.id, state, cursors, ref, tell_unchanged=True):
             yield event
 
     async def resume_page(self, user_id: int, state: ResumeIn) -> list[CatchUpEvent]:
         """The answer to a resume over REST: as much as fits one response, ending with `resumed`."""
+        metrics.resumes.labels("rest").inc()
         async with self._database.reading() as session:
             cursors = await chats_repository.list_cursors(session, user_id)
         events: list[CatchUpEvent] = []

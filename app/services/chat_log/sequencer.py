@@ -10,9 +10,11 @@ from __future__ import annotations
 import asyncio
 import logging
 
+from app.core import metrics
 from app.core.clock import Clock
 from app.core.config import Settings
 from app.core.errors import Unavailable
+from app.core.tasks import supervise
 from app.db.database import Database
 from app.db.events import ChatChangesEvent, ChatEvent
 from app.db.repositories import chat_log as repository
@@ -56,7 +58,7 @@ class Sequencer:
 
     def start(self) -> None:
         """Begin sweeping."""
-        self._task = asyncio.create_task(self._sweep(), name="sweep")
+        self._task = supervise("sweep", self._sweep)
 
     async def stop(self) -> None:
         """End sweeping."""
@@ -115,7 +117,10 @@ class Sequencer:
         frames = Frames.of(*announcement.events)
         oldest = min((seq for seq in announcement.seqs if seq), default=roster.max_visible_from)
         everybody_may_see_all = oldest >= roster.max_visible_from
-        for connection in channel.audience(roster):
+        audience = channel.audience(roster)
+        metrics.announcements.n += 1
+        metrics.deliveries.n += len(audience)
+        for connection in audience:
             member = roster.members[connection.user_id]
             if everybody_may_see_all or oldest >= member.visible_from_seq:
                 connection.deliver(chat_id, version, frames)
@@ -165,6 +170,7 @@ class Sequencer:
             return  # the announcement came while we were reading
         self._rosters.put(roster)
         self.healed += 1
+        metrics.holes_healed.inc()
         log.warning("hole_healed", extra={"chat_id": chat_id, "prev": prev, "version": chat.version})
         size = sum(len(row.content) for row in messages)
         if len(messages) > HEAL_ROWS or len(members) > HEAL_ROWS or size > HEAL_CHARS:
@@ -201,8 +207,6 @@ class Sequencer:
                 await self.sweep()
             except Unavailable:
                 log.info("sweep_without_database")
-            except Exception:
-                log.exception("sweep_failed")
 
     async def sweep(self) -> None:
         """Heal chats whose changes were committed but not let out since the sweep before this one."""
@@ -214,6 +218,7 @@ class Sequencer:
         async with self._database.reading() as session:
             changed = await repository.list_changed_chats(session, window)
         self._swept = began
+        metrics.sweeps.inc()
         candidates = {**self._behind, **dict(changed)}
         for chat_id, version in candidates.items():
             channel = self._connections.channels.get(chat_id)

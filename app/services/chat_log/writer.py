@@ -12,14 +12,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from app.core import metrics
 from app.core.clock import Clock
 from app.core.config import Settings
 from app.core.errors import DialectError, Unavailable
 from app.core.ids import IdAllocator
+from app.core.tasks import supervise
 from app.db.database import Database
 from app.db.errors import DATABASE_ERRORS, describe, is_transient
 from app.services.chat_log.append import Appender
@@ -82,8 +85,8 @@ class Writer:
     def start(self) -> None:
         """Begin committing."""
         self._tasks = [
-            asyncio.create_task(self._run(), name="writer"),
-            asyncio.create_task(self._expire(), name="writer-deadlines"),
+            supervise("writer", self._run),
+            supervise("writer-deadlines", self._expire),
         ]
 
     async def stop(self) -> None:
@@ -142,6 +145,9 @@ class Writer:
     # --- the loop ---
 
     async def _run(self) -> None:
+        # What a run before this one was at when it failed. What that committed makes no second row.
+        self._queue.extendleft(reversed(self._batch))
+        self._batch = []
         while True:
             if not self._queue:
                 asyncio.get_running_loop().call_soon(self._rest)  # behind the telling of what was just committed
@@ -182,7 +188,8 @@ class Writer:
             await asyncio.sleep(0.25)
             now = self._clock.monotonic()
             for pending in self._all():
-                if pending.deadline <= now:
+                if pending.deadline <= now and pending.on_done is not None:
+                    metrics.changes_expired.inc()
                     pending.settle(
                         Unavailable("database_unavailable", "The database does not answer; try again.", retry_after=2)
                     )
@@ -196,6 +203,7 @@ class Writer:
             except Exception as error:
                 if not is_transient(error):
                     return await self._bisect(batch, error)
+                metrics.batches_retried.inc()
                 log.warning("batch_retried", extra={"changes": len(batch), "error": describe(error)})
                 await asyncio.sleep(pause)
                 pause = min(pause * 2, 0.5)
@@ -213,14 +221,21 @@ class Writer:
         changes = [pending.change for pending in batch]
         sends = sum(isinstance(change, SendMessage) for change in changes)
         ids = await self._ids.reserve("message", sends) if sends else ()
+        began = time.perf_counter()
         async with self._database.appending() as connection:
-            return await self._appender.append(connection, changes, ids, skip_locked=True)
+            appended = await self._appender.append(connection, changes, ids, skip_locked=True)
+        metrics.commit_seconds.observe(time.perf_counter() - began)
+        metrics.commit_changes.observe(len(changes))
+        return appended
 
     def _tell(self, batch: Sequence[_Pending], appended: Appended) -> None:
         """Truth before talk: the transaction is committed; acknowledge, then announce."""
+        sent = 0
         for pending, outcome in zip(batch, appended.outcomes, strict=True):
             if not isinstance(outcome, Deferred):
                 pending.settle(outcome)
+                sent += isinstance(outcome, Done) and isinstance(pending.change, SendMessage)
+        metrics.messages_acknowledged.inc(sent)
         try:
             self._announce(appended)
         except Exception:
@@ -234,6 +249,7 @@ class Writer:
                 log.error("change_failed", exc_info=error)
             batch[0].settle(DialectError("internal_error", "The server failed to store this."))
             return []
+        metrics.batches_bisected.inc()
         middle = len(batch) // 2
         deferred = await self._commit(batch[:middle])
         # What follows in a chat that was just found locked must not overtake, should the lock be free by now.
