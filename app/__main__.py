@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import uvicorn
 
-from app.api.websocket_protocol import DialectWebSocketProtocol
+from app.api.server import server_config
 from app.core.config import Settings, get_settings
 from app.core.errors import StartupError
 from app.db.database import Database, migrate
@@ -62,25 +62,7 @@ def serve(settings: Settings, host: str, port: int) -> None:
     """Serve until a signal says stop."""
     from app.main import app  # importing it builds it, which the other commands need not wait for
 
-    config = uvicorn.Config(
-        app,
-        host=host,
-        port=port,
-        loop="auto",  # uvloop where it is installed
-        http="httptools",
-        ws=DialectWebSocketProtocol,
-        ws_max_size=settings.socket_max_frame_bytes,
-        ws_per_message_deflate=False,  # memory per socket, and bombs, for messages too short to shrink
-        ws_ping_interval=settings.socket_heartbeat_seconds,
-        ws_ping_timeout=settings.socket_timeout_seconds,
-        timeout_graceful_shutdown=max(1, round(settings.shutdown_seconds / 4)),
-        proxy_headers=True,
-        forwarded_allow_ips=settings.forwarded_allow_ips,
-        backlog=2048,
-        server_header=False,
-        access_log=False,  # the middleware writes it
-        log_config=None,  # building the application has seen to it
-    )
+    config = server_config(app, settings, host, port)
     # What is imported and built by now lives as long as the process, and what a message leaves dies by itself:
     # looking through all of it after every few hundred messages took a tenth of the loop's time.
     gc.collect()

@@ -174,7 +174,7 @@ class AsgiSocket:
                 continue
             try:
                 if text is None:
-                    receiver.on_binary()
+                    receiver.on_binary(data)
                 else:
                     receiver.on_text(data)
             except Exception as error:
@@ -186,7 +186,7 @@ class AsgiSocket:
             while True:
                 while outbox:
                     payload = outbox[0]
-                    await websocket.send({"type": "websocket.send", "text": payload.decode()})
+                    await self._send_message(payload)
                     outbox.popleft()
                     self._unsent -= len(payload)
                     if self._above and self._unsent <= LOW_WATER:
@@ -203,6 +203,9 @@ class AsgiSocket:
             self._mute = True
             outbox.clear()
             self._unsent = 0
+
+    async def _send_message(self, payload: bytes) -> None:
+        await self._websocket.send({"type": "websocket.send", "text": payload.decode()})
 
     def _drained(self) -> None:
         if self._closing or self._receiver is None:

@@ -1,10 +1,11 @@
 """Our WebSocket protocol class for uvicorn: `python -m app` runs with it.
 
-Handshake, refusals and routing are uvicorn's and go through ASGI. Once the route has accepted, `attach` swaps
-the connection's protocol for a `RawSocket`: a parser that hands each message straight to the receiver, and a
-writer that takes frames made once for everybody. No queue, no task switch and no `str` stand between.
+Handshake, refusals and routing are uvicorn's and go through ASGI. Once the route has accepted, the connection's
+protocol is swapped for a `RawSocket`: a strict parser of RFC 6455 that hands each message straight to a receiver, and
+a writer that takes frames made once for everybody. A route that calls `attach` brings its own receiver, and no queue,
+no task switch and no `str` stand between; for an ordinary ASGI route it is an `AsgiBridge`.
 
-The route returns as soon as a receiver is attached, and all of the handshake, from uvicorn's buffers to the frames
+That route returns as soon as a receiver is attached, and all of the handshake, from uvicorn's buffers to the frames
 of FastAPI, is freed: that was five sixths of what an idle connection weighed.
 
 Written against uvicorn 0.54, which requirements.txt pins.
@@ -13,16 +14,24 @@ Written against uvicorn 0.54, which requirements.txt pins.
 from __future__ import annotations
 
 import asyncio
+import codecs
 import contextlib
 import logging
 import socket
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Final
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from uvicorn.protocols.utils import ClientDisconnected
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+from websockets.datastructures import Headers
+from websockets.exceptions import InvalidHeader, InvalidMethod
 from websockets.frames import Close
+from websockets.http11 import Response
+from websockets.server import ServerProtocol
 
+from app.api import problems
+from app.api.asgi_bridge import AsgiBridge
 from app.services.transport import (
     CLOSE_SECONDS,
     HIGH_WATER,
@@ -38,6 +47,7 @@ if TYPE_CHECKING:
     from uvicorn.config import Config
     from uvicorn.server import ServerState
     from websockets.http11 import Request
+    from websockets.typing import StatusLike
 
 try:
     from websockets.speedups import apply_mask
@@ -45,6 +55,8 @@ except ImportError:  # a machine for which websockets has no wheel
     from websockets.utils import apply_mask
 
 log = logging.getLogger(__name__)
+
+ReceiverT = TypeVar("ReceiverT", bound=Receiver)
 
 SCOPE_EXTENSION: Final = "dialect.socket"
 
@@ -61,6 +73,16 @@ _EMPTY_PING = bytes((_FIN | _PING, 0))
 _NOTSENT_LOWAT: int | None = getattr(socket, "TCP_NOTSENT_LOWAT", None)
 
 
+def _torn_end(data: bytes, *, last: bool) -> bytes:
+    """The first bytes of a character that `data` ends in; raises UnicodeDecodeError where it is not UTF-8.
+
+    When it is the last there will be, it must end between two characters.
+    """
+    if data.isascii():
+        return b""
+    return data[codecs.utf_8_decode(data, "strict", last)[1] :]
+
+
 class RawSocket(asyncio.Protocol):
     """An accepted WebSocket without ASGI: implements `Transport`, calls a `Receiver`.
 
@@ -68,6 +90,7 @@ class RawSocket(asyncio.Protocol):
     """
 
     __slots__ = (
+        "_ahead",
         "_choked",
         "_close_code",
         "_closing",
@@ -78,12 +101,12 @@ class RawSocket(asyncio.Protocol):
         "_deaf",
         "_grace",
         "_heard",
+        "_looked",
         "_loop",
         "_max_bytes",
         "_more",
         "_need",
         "_partial",
-        "_partial_bytes",
         "_partial_is_text",
         "_paused",
         "_ping_interval",
@@ -93,6 +116,7 @@ class RawSocket(asyncio.Protocol):
         "_stopping",
         "_tail",
         "_timer",
+        "_torn",
         "_transport",
     )
 
@@ -121,10 +145,13 @@ class RawSocket(asyncio.Protocol):
         self._paused = False
         self._stopping = False
         self._more = False  # a turn has ended and the next is scheduled
-        # The message whose first fragments are here; what is in a binary one nobody needs.
+        # The message whose first fragments are here, and the bytes of a character that they tear apart.
         self._partial: bytearray | None = None
-        self._partial_bytes = 0
         self._partial_is_text = False
+        self._torn = b""
+        # How much of an unfinished frame is known to be UTF-8 so far, and what it tears apart in its turn.
+        self._looked = 0
+        self._ahead = b""
 
         # Writing: while bytes are parsed, answers gather here and go out in one write.
         self._corked: list[bytes] | None = None
@@ -197,7 +224,10 @@ class RawSocket(asyncio.Protocol):
         tail = self._tail
         if tail is not None:
             tail += data
-            if len(tail) < self._need or self._paused or self._more:
+            if self._paused or self._more:
+                return
+            if len(tail) < self._need:
+                self._look_ahead(tail)
                 return
             data = bytes(tail)
             self._tail = None
@@ -284,6 +314,9 @@ class RawSocket(asyncio.Protocol):
                     need = 2 + wide
                     break
                 length = int.from_bytes(data[at + 2 : at + 2 + wide])
+                if length < (126 if wide == 2 else 65536) or length >> 63:
+                    self._fail(1002, "a malformed length")
+                    break
             plain = head == _WHOLE_TEXT and self._partial is None
             if plain:
                 if length > self._max_bytes:
@@ -305,8 +338,11 @@ class RawSocket(asyncio.Protocol):
             if self._deaf:
                 break
         if at < end and not self._deaf:
-            self._tail = bytearray(data[at:])
+            self._tail = tail = bytearray(data[at:])
             self._need = need
+            self._looked = 0
+            if need:
+                self._look_ahead(tail)
         self._flush()
         self._corked = None
 
@@ -324,7 +360,7 @@ class RawSocket(asyncio.Protocol):
             self._fail(1002, "unknown opcode")
         elif (opcode == _CONTINUATION) != (self._partial is not None):
             self._fail(1002, "fragments out of order")
-        elif self._partial_bytes + length > self._max_bytes:
+        elif (len(self._partial) if self._partial else 0) + length > self._max_bytes:
             self._fail(1009, "the message is too big")
         return not self._deaf
 
@@ -344,19 +380,23 @@ class RawSocket(asyncio.Protocol):
         elif opcode != _PONG:
             if self._partial is None:
                 self._partial = bytearray()
-                self._partial_bytes = 0
                 self._partial_is_text = opcode == _TEXT
-            self._partial_bytes += len(payload)
+                self._torn = b""
+            last = bool(head & _FIN)
             if self._partial_is_text:
-                self._partial += payload
-            if head & _FIN:
-                text = bytes(self._partial)
+                try:
+                    self._torn = _torn_end(self._torn + payload, last=last)
+                except UnicodeDecodeError:
+                    self._fail(1007, "not UTF-8")
+                    return
+            self._partial += payload
+            if last:
+                message = bytes(self._partial)
                 self._partial = None
-                self._partial_bytes = 0
                 if self._partial_is_text:
-                    self._text(text)
+                    self._deliver(message)
                 else:
-                    self._binary()
+                    self._binary(message)
 
     def _text(self, payload: bytes) -> None:
         if not payload.isascii():
@@ -365,6 +405,30 @@ class RawSocket(asyncio.Protocol):
             except UnicodeDecodeError:
                 self._fail(1007, "not UTF-8")
                 return
+        self._deliver(payload)
+
+    def _look_ahead(self, tail: bytearray) -> None:
+        """Fail on text that cannot become UTF-8 any more, while the rest of its frame is still to come."""
+        opcode = tail[0] & 0x0F
+        if len(tail) <= 6 or (opcode != _TEXT and not (opcode == _CONTINUATION and self._partial_is_text)):
+            return
+        short = tail[1] & 0x7F
+        body = 6 if short < 126 else 8 if short == 126 else 14
+        start = body + self._looked
+        if len(tail) <= start:
+            return
+        if not self._looked:
+            self._ahead = self._torn if opcode == _CONTINUATION else b""
+        turned = self._looked % 4
+        mask = bytes(tail[body - 4 + turned : body] + tail[body - 4 : body - 4 + turned])
+        try:
+            self._ahead = _torn_end(self._ahead + apply_mask(bytes(tail[start:]), mask), last=False)
+        except UnicodeDecodeError:
+            self._fail(1007, "not UTF-8")
+            return
+        self._looked = len(tail) - body
+
+    def _deliver(self, payload: bytes) -> None:
         if self._closing or self._receiver is None:
             return
         try:
@@ -372,11 +436,11 @@ class RawSocket(asyncio.Protocol):
         except Exception as error:
             self._receiver_failed(error)
 
-    def _binary(self) -> None:
+    def _binary(self, payload: bytes) -> None:
         if self._closing or self._receiver is None:
             return
         try:
-            self._receiver.on_binary()
+            self._receiver.on_binary(payload)
         except Exception as error:
             self._receiver_failed(error)
 
@@ -496,11 +560,39 @@ class RawSocket(asyncio.Protocol):
         self._timer = self._loop.call_later(wait, self._send_ping)
 
 
-class DialectWebSocketProtocol(WebSocketsSansIOProtocol):
-    """uvicorn's WebSocket connection, until the route attaches a receiver.
+class _Handshake(ServerProtocol):
+    """Handshakes as RFC 6455 wants them; what is wrong with one is told as the rest of the API tells it."""
 
-    What the peer sends after its handshake is held back unparsed until the route has shown what it wants:
-    `attach`, or the ordinary ASGI messages, which work as they do with uvicorn's own class.
+    def process_request(self, request: Request) -> tuple[str, str | None, str | None]:
+        if len(request.headers.get_all("Host")) != 1:
+            raise InvalidHeader("Host")
+        return super().process_request(request)
+
+    def reject(self, status: StatusLike, text: str) -> Response:
+        wrong = self.handshake_exc
+        if isinstance(wrong, InvalidHeader) and wrong.name == "Sec-WebSocket-Version":
+            answer = problems.problem(
+                426,
+                "upgrade_required",
+                "The server speaks version 13 of the WebSocket protocol.",
+                headers={"Upgrade": "websocket", "Sec-WebSocket-Version": "13"},
+            )
+        elif isinstance(wrong, InvalidMethod):
+            answer = problems.problem(405, "method_not_allowed", "A WebSocket opens with GET.")
+        elif wrong is not None:
+            answer = problems.problem(400, "bad_handshake", "The handshake breaks RFC 6455, or is too long.")
+        else:  # the application failed, or refused
+            return super().reject(status, text)
+        headers = Headers((name.decode("latin-1"), value.decode("latin-1")) for name, value in answer.raw_headers)
+        headers["Connection"] = "close" if answer.status_code != 426 else "Upgrade, close"
+        return Response(answer.status_code, HTTPStatus(answer.status_code).phrase, headers, bytes(answer.body))
+
+
+class DialectWebSocketProtocol(WebSocketsSansIOProtocol):
+    """uvicorn's WebSocket connection, until the handshake is done.
+
+    What the peer sends after its handshake is held back unparsed until the route has shown what it wants: `attach`, or
+    the ordinary ASGI messages.
     """
 
     def __init__(
@@ -511,11 +603,12 @@ class DialectWebSocketProtocol(WebSocketsSansIOProtocol):
         _loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
-        # Frames that are the same for everybody cannot be compressed per connection.
-        self.conn.available_extensions = []
-        self._held: bytearray | None = bytearray()  # None once the bytes go to the sans-I/O parser as usual
+        # No extensions: frames that are the same for everybody cannot be compressed per connection.
+        self.conn = _Handshake(max_size=config.ws_max_size, logger=self.logger)
+        self._held = bytearray()
         self._asked_to_connect = False
         self._attached = False
+        self._bridge: AsgiBridge | None = None
 
     def handle_connect(self, event: Request) -> None:
         super().handle_connect(event)
@@ -524,11 +617,16 @@ class DialectWebSocketProtocol(WebSocketsSansIOProtocol):
             extensions[SCOPE_EXTENSION] = self
 
     def data_received(self, data: bytes) -> None:
-        if self._held is None or not self.handshake_initiated:
-            super().data_received(data)
+        if self.handshake_initiated:
+            self._held += data
+            self.transport.pause_reading()  # one read at most is held for a stranger
             return
-        self._held += data
-        self.transport.pause_reading()  # one read at most is held for a stranger
+        super().data_received(data)
+        if not self.handshake_initiated:
+            # uvicorn passes a whole request on. What is too long for websockets would wait here unanswered for ever.
+            answer = b"".join(self.conn.data_to_send())
+            self.transport.write(answer or self.conn.reject(HTTPStatus.BAD_REQUEST, "").serialize())
+            self.transport.close()
 
     def attach(self, make_receiver: Callable[[Transport], Receiver], max_frame_bytes: int) -> None:
         """Take the connection over from ASGI, which must have accepted it and done nothing else with it.
@@ -536,13 +634,19 @@ class DialectWebSocketProtocol(WebSocketsSansIOProtocol):
         The route returns after this; it is no longer told anything. If `make_receiver` fails, the socket closes
         with 1011 and the error is raised here.
         """
-        if not self.handshake_complete or self._held is None or self._attached:
+        if not self.handshake_complete or self._bridge is not None or self._attached:
             raise RuntimeError("attach comes right after accept")
         self._attached = True
-        self.stop_keepalive()
+        self._keep_open()
+        self._take_over(make_receiver, max_frame_bytes)
+
+    def _keep_open(self) -> None:
         # uvicorn ends the connection when the route returns, unless its own closing handshake is under way.
         self.close_timer = self.loop.call_later(0, int)
-        held, self._held = bytes(self._held), None
+
+    def _take_over(self, make_receiver: Callable[[Transport], ReceiverT], max_frame_bytes: int) -> ReceiverT:
+        self.stop_keepalive()
+        held, self._held = bytes(self._held), bytearray()
         lost, shut = self.disconnected, self.transport.is_closing()
         self.scope["extensions"].pop(SCOPE_EXTENSION, None)
         raw = RawSocket(self.transport, self.loop, self.connections, self.config, max_frame_bytes)
@@ -560,25 +664,28 @@ class DialectWebSocketProtocol(WebSocketsSansIOProtocol):
             raw.close(1011, "internal error")
             raise
         raw.start(receiver, b"" if shut else held)
+        return receiver
 
     async def receive(self) -> ASGIReceiveEvent:
-        if self._asked_to_connect:
-            self._go_plain()
+        if self._asked_to_connect and (bridge := self._as_asgi()) is not None:
+            return await bridge.receive()
         self._asked_to_connect = True
         return await super().receive()
 
     async def send(self, message: ASGISendEvent) -> None:
-        if self._attached:
+        if message["type"] in ("websocket.send", "websocket.close") and (bridge := self._as_asgi()) is not None:
+            if message["type"] == "websocket.close":
+                self._keep_open()
+            await bridge.send(message)
+        elif self._attached:
             raise ClientDisconnected
-        if message["type"] in ("websocket.send", "websocket.close"):
-            self._go_plain()
-        await super().send(message)
+        else:
+            await super().send(message)
 
-    def _go_plain(self) -> None:
-        """The route speaks ASGI: hand over what was held, and parse as uvicorn does from now on."""
+    def _as_asgi(self) -> AsgiBridge | None:
+        """The bridge of a route that speaks ASGI; None as long as it has not accepted, or when it has refused."""
         if self._attached:
             raise ClientDisconnected
-        held, self._held = self._held, None
-        if held and not self.transport.is_closing():
-            self.transport.resume_reading()
-            super().data_received(bytes(held))
+        if self._bridge is None and self.handshake_complete and not (self.close_sent or self.disconnected):
+            self._bridge = self._take_over(AsgiBridge, self.config.ws_max_size)
+        return self._bridge

@@ -19,18 +19,24 @@ LOW_WATER = 16 * 1024
 """`on_drained` comes when the unsent bytes, once above HIGH_WATER, have fallen to this."""
 
 _TEXT = 0x81
+_BINARY = 0x82
 _CLOSE = 0x88
 _MAX_REASON_BYTES = 123
 
 
-def frame_text(payload: bytes) -> bytes:
+def frame_text(payload: bytes, head: int = _TEXT) -> bytes:
     """One whole text message as an RFC 6455 frame from a server, that is unmasked."""
     length = len(payload)
     if length < 126:
-        return bytes((_TEXT, length)) + payload
+        return bytes((head, length)) + payload
     if length < 65536:
-        return bytes((_TEXT, 126)) + length.to_bytes(2) + payload
-    return bytes((_TEXT, 127)) + length.to_bytes(8) + payload
+        return bytes((head, 126)) + length.to_bytes(2) + payload
+    return bytes((head, 127)) + length.to_bytes(8) + payload
+
+
+def frame_binary(payload: bytes) -> bytes:
+    """The same of a binary message."""
+    return frame_text(payload, _BINARY)
 
 
 def fitting_reason(reason: str) -> str:
@@ -65,6 +71,19 @@ class Frames:
         framed = self._framed
         if framed is None:
             framed = self._framed = b"".join(map(frame_text, self.payloads))
+        return framed
+
+
+class BinaryFrames(Frames):
+    """Binary messages. Events are text: these are for other routes on the same server."""
+
+    __slots__ = ()
+
+    @property
+    def framed(self) -> bytes:
+        framed = self._framed
+        if framed is None:
+            framed = self._framed = b"".join(map(frame_binary, self.payloads))
         return framed
 
 
@@ -109,8 +128,8 @@ class Receiver(Protocol):
         """One complete text message, within the size limit and valid UTF-8."""
         ...
 
-    def on_binary(self) -> None:
-        """A complete binary message arrived; what was in it is dropped."""
+    def on_binary(self, data: bytes) -> None:
+        """One complete binary message, within the size limit."""
         ...
 
     def on_drained(self) -> None:

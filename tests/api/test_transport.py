@@ -61,8 +61,8 @@ class Recorder:
             self.transport.send(Frames([data]))
         self._note("text", data)
 
-    def on_binary(self) -> None:
-        self._note("binary")
+    def on_binary(self, data: bytes) -> None:
+        self._note("binary", data)
 
     def on_drained(self) -> None:
         self._note("drained", self.transport.unsent_bytes)
@@ -392,7 +392,7 @@ async def test_binary(server: Server, clients: Clients) -> None:
     client, receiver = await clients(server)
     await client.send(frame(2, b"\xff"), frame(2, b"a", fin=False), frame(0, b"b"), frame(1, b"still here"))
     assert await client.frame() == (1, b"still here")
-    assert len(receiver.events("binary")) == 2
+    assert receiver.events("binary") == [("binary", b"\xff"), ("binary", b"ab")]
 
 
 async def test_pings(server: Server, clients: Clients) -> None:
@@ -851,6 +851,6 @@ def test_any_cutting_of_the_stream_gives_the_same(messages: list[tuple[int, byte
 
     receiver, written = asyncio.run(play())
     assert receiver.texts == [payload for opcode, payload, _ in messages if opcode == 1]
-    assert len(receiver.events("binary")) == sum(opcode == 2 for opcode, _, _ in messages)
+    assert receiver.events("binary") == [("binary", payload) for opcode, payload, _ in messages if opcode == 2]
     answers = [(1 if op == 1 else 10, payload) for op, payload, _ in messages if op != 2]
     assert written == b"".join(frame(opcode, payload, mask=False) for opcode, payload in answers)

@@ -200,7 +200,7 @@ class SocketReceiver(Receiver):
         except DialectError as error:
             self._fail(error, command.ref, _client_id_of(command))
 
-    def on_binary(self) -> None:
+    def on_binary(self, data: bytes) -> None:
         metrics.frames_received.n += 1
         if self._within_rate(b""):
             self._fail(BadInput("binary_frame", "Frames are JSON text."), None, None)
