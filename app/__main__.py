@@ -60,6 +60,7 @@ def _port(text: str) -> int:
 
 def serve(settings: Settings, host: str, port: int) -> None:
     """Serve until a signal says stop."""
+    raise_descriptor_limit()
     from app.main import app  # importing it builds it, which the other commands need not wait for
 
     config = server_config(app, settings, host, port)
@@ -71,6 +72,18 @@ def serve(settings: Settings, host: str, port: int) -> None:
     # After a stop by Ctrl+C uvicorn lets the signal go on, once all is closed: nothing is left to interrupt.
     with contextlib.suppress(KeyboardInterrupt):
         uvicorn.Server(config).run()
+
+
+def raise_descriptor_limit() -> None:
+    """Take all file descriptors that the system allows: each connection is one, and a shell's default is 1024."""
+    if sys.platform == "win32":
+        return
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with contextlib.suppress(OSError, ValueError):  # macOS says "unlimited" and means less
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 async def check(settings: Settings) -> None:

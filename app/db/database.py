@@ -35,7 +35,7 @@ from sqlalchemy.util import await_only
 from app.core import metrics
 from app.core.config import Settings, get_settings
 from app.core.errors import StartupError, Unavailable
-from app.db.errors import describe, is_transient, unavailable
+from app.db.errors import DATABASE_ERRORS, describe, is_transient, unavailable
 from app.db.log_connection import SQLITE_PRAGMAS, LogConnection, MySQLLogConnection, SQLiteLogConnection
 
 log = logging.getLogger(__name__)
@@ -195,7 +195,15 @@ class Database:
                     await connection.run_sync(_check_mysql)
                 else:
                     await connection.run_sync(_check_sqlite)
-        except (OSError, DBAPIError, PoolTimeoutError, TimeoutError) as error:
+            # The rest of what every message needs, too, while there are file descriptors: a flood of connections may
+            # take all that are left, and those who are connected go on.
+            async with self.write_engine.connect():
+                pass
+            if self.is_mysql:
+                self._mysql_log = await self._take_mysql_log()
+            else:
+                await self._sqlite_log.open()
+        except (OSError, TimeoutError, *DATABASE_ERRORS) as error:
             raise StartupError(unreachable(self.settings, error)) from error
 
     async def close(self) -> None:

@@ -116,9 +116,7 @@ class SQLiteLogConnection(LogConnection):
         return await loop.run_in_executor(self._thread, self._work, statements, begin, commit)
 
     def _work(self, statements: Sequence[Statement], begin: bool, commit: bool) -> list[list[Row]]:
-        if self._connection is None:
-            self._connection = self._open()
-        connection = self._connection
+        connection = self._ensure()
         if begin:
             connection.execute("BEGIN IMMEDIATE")
         results: list[list[Row]] = []
@@ -131,6 +129,15 @@ class SQLiteLogConnection(LogConnection):
         if commit:
             connection.execute("COMMIT")
         return results
+
+    async def open(self) -> None:
+        """Open the file now instead of at the first batch."""
+        await asyncio.get_running_loop().run_in_executor(self._thread, self._ensure)
+
+    def _ensure(self) -> sqlite3.Connection:
+        if self._connection is None:
+            self._connection = self._open()
+        return self._connection
 
     def _open(self) -> sqlite3.Connection:
         connection = sqlite3.connect(self._path, timeout=self._lock_timeout, isolation_level=None)

@@ -367,6 +367,11 @@ class Device(Keeper):
                 self._gone.set()
             self.crowd.close_codes[connection.close_code or 1006] += 1
 
+    def give_up(self) -> None:
+        """Lose patience with this connection and try another."""
+        if self._connection is not None:
+            self._connection.transport.abort()
+
     async def gone(self) -> None:
         """Return once the connection has ended and all it brought has been looked at."""
         await self._gone.wait()
