@@ -28,7 +28,7 @@ $(DEV): requirements-dev.txt requirements.txt $(CREATED)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@ $(RUNTIME)
 
-.PHONY: help run test check lint format docs venv mysql mysql-stop chaos schemathesis browser deployment bench clean
+.PHONY: help run test check lint format docs venv mysql mysql-stop chaos schemathesis fuzz browser deployment bench clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -73,6 +73,9 @@ chaos: $(DEV) ## attack the server and what it depends on; print what each promi
 
 schemathesis: $(DEV) ## fuzz the HTTP API from its own OpenAPI document
 	$(BIN)/python -m pytest -m schemathesis $(ARGS)
+
+fuzz: $(DEV) ## 100,000 fuzzed frames through every door of the socket
+	DIALECT_FUZZ_FRAMES=$${DIALECT_FUZZ_FRAMES:-100000} $(BIN)/python -m pytest -s tests/api/test_fuzz.py $(ARGS)
 
 browser: $(DEV) ## open served files and /docs in Chromium; no script of a stranger may run
 	$(BIN)/python -m pytest -m browser $(ARGS)

@@ -1,36 +1,26 @@
-"""Bad frames on the socket, through both doors: each gets its error, and those who chat meanwhile notice nothing.
-
-`DIALECT_FUZZ_FRAMES` sets how many mutated frames are sent (a nightly run sends 100,000).
-"""
+"""Bad frames on the socket, through both doors: each gets its error, and those who chat meanwhile notice nothing."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-import os
-import random
-import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import Iterator
 from typing import Any, get_args
 
 import pytest
-from hypothesis import HealthCheck, Phase, given
-from hypothesis import settings as hypothesis_settings
-from hypothesis import strategies as st
 
 from app.core.config import Settings
 from app.db.events import AnyCommand
 from tests.conftest import StartServer
-from tests.support.people import Person, people
-from tests.support.servers import Door, Server
+from tests.support.people import people
+from tests.support.servers import Door
 from tests.support.socket_client import SocketClient
+from tests.support.watch import watched
 
 pytestmark = pytest.mark.timeout(300)
 
 Json = dict[str, Any]
 MISSING = 999_999
-FRAMES = int(os.environ.get("DIALECT_FUZZ_FRAMES", "2000"))
 both_doors = pytest.mark.parametrize("door", ["tuned", "plain"])
 
 WRONG: dict[str, tuple[str, ...]] = {
@@ -145,47 +135,6 @@ NO_COMMANDS = {
 }
 
 
-class Watch:
-    """Two who chat with each other, and how long each message took."""
-
-    def __init__(self, sender: SocketClient, receiver: SocketClient, chat_id: int) -> None:
-        self.sender, self.receiver, self.chat_id = sender, receiver, chat_id
-        self.seconds: list[float] = []
-
-    async def say(self) -> None:
-        """One message there."""
-        text = f"echo {len(self.seconds)}"
-        began = time.monotonic()
-        assert (await self.sender.say(self.chat_id, text))["type"] == "ack"
-        await self.receiver.wait(lambda event: event["message"]["content"] == text, type="new_message")
-        self.seconds.append(time.monotonic() - began)
-        await self.sender.wait(type="new_message")
-
-    async def go_on(self) -> None:
-        """Messages, until this is cancelled."""
-        while True:
-            await self.say()
-            await asyncio.sleep(0.005)
-
-    def check(self, least: int) -> None:
-        """Nobody has waited for a second, and nothing came twice or to the wrong people."""
-        assert len(self.seconds) >= least
-        slow = sorted(self.seconds)[-1 - len(self.seconds) // 100]  # the machine itself may pause now and then
-        assert slow < 1, self.seconds
-        for socket in (self.sender, self.receiver):
-            assert {event["type"] for event in socket.seen} <= {"hello", "ack", "new_message", "heartbeat"}
-            heard = [event for event in socket.seen if event["type"] == "new_message"]
-            assert [event["message"]["seq"] for event in heard] == list(range(1, len(heard) + 1))
-            assert socket.close_code is None
-
-
-@asynccontextmanager
-async def watched(server: Server, one: Person, other: Person) -> AsyncIterator[Watch]:
-    chat_id = await one.personal(other)
-    async with await one.open(server) as sender, await other.open(server) as receiver:
-        yield Watch(sender, receiver, chat_id)
-
-
 async def error_of(socket: SocketClient, frame: str | bytes, **options: Any) -> Json:
     """What a frame is answered with."""
     await socket.connection.send(frame, **options)
@@ -277,108 +226,3 @@ async def test_every_bad_frame_gets_its_error_and_harms_nobody(
             talk.cancel()
             await asyncio.gather(talk, return_exceptions=True)
             watch.check(least=10)
-
-
-# --- fuzzing ----------------------------------------------------------------------------------------------------
-
-values = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers()
-    | st.floats()
-    | st.text(max_size=50)
-    | st.sampled_from([2**53, 2**63, 10**400, -1, 0, "\x00", "\u202e", "a" * 5000, "999999"]),
-    lambda inner: st.lists(inner, max_size=5) | st.dictionaries(st.text(max_size=20), inner, max_size=5),
-    max_leaves=10,
-)
-
-
-def mutated(commands: dict[str, Json]) -> st.SearchStrategy[bytes]:
-    """Commands that work, changed in a few places of what they mean or of how they are written."""
-    fields = sorted({name for good in commands.values() for name in good} | {"type", "ref", "unknown"})
-
-    @st.composite
-    def frame(draw: st.DrawFn) -> bytes:
-        kind = draw(st.sampled_from(sorted(commands)))
-        message: Json = {"type": kind, **commands[kind]}
-        for _ in range(draw(st.integers(0, 2))):
-            name = draw(st.sampled_from(fields))
-            if draw(st.booleans()):
-                message[name] = draw(values)
-            else:
-                message.pop(name, None)
-        data = bytearray(json.dumps(message, ensure_ascii=draw(st.booleans())).encode("utf-8", "surrogatepass"))
-        for _ in range(draw(st.sampled_from([0, 0, 0, 1, 3]))):
-            place = draw(st.integers(0, len(data)))
-            match draw(st.sampled_from(["insert", "flip", "cut", ""])):
-                case "insert":
-                    data[place:place] = draw(
-                        st.sampled_from([b'"', b"{", b"}", b"[", b",", b"\\u0000", b"\\ud800", b"1"])
-                    )
-                case "flip":
-                    data[place : place + 1] = bytes([draw(st.integers(0, 127))])
-                case "cut":
-                    del data[place : place + draw(st.integers(1, 20))]
-                case _:
-                    data[place:place] = data[place : place + 20] * draw(st.integers(1, 50))
-        return data.decode("utf-8", "replace").encode()
-
-    return frame()
-
-
-def generated(commands: dict[str, Json], count: int) -> list[bytes]:
-    """So many of them, the same ones in each run."""
-    frames: list[bytes] = []
-
-    @hypothesis_settings(
-        max_examples=count,
-        derandomize=True,
-        database=None,
-        deadline=None,
-        phases=[Phase.generate],
-        suppress_health_check=list(HealthCheck),
-    )
-    @given(mutated(commands))
-    def collect(frame: bytes) -> None:
-        frames.append(frame)
-
-    collect()
-    return frames
-
-
-@pytest.mark.timeout(max(300, FRAMES // 20))
-@both_doors
-async def test_thousands_of_mutated_frames_harm_nobody(
-    settings: Settings, start_server: StartServer, door: Door
-) -> None:
-    server = start_server(settings, door)
-    async with server.client() as client:
-        ann, bo, cy, dan = await people(client, 4)
-        chat_id = await ann.personal(bo)
-        message = await ann.say(chat_id, "to be fuzzed")
-        commands = good_frames(chat_id, message["id"], bo.id, ann.account.access_token)
-        frames = generated(commands, FRAMES)
-        assert len(frames) >= FRAMES * 0.9
-        chance = random.Random(1)
-        closes = 0
-        async with watched(server, cy, dan) as watch:
-            socket = await ann.open(server)
-            for begin in range(0, len(frames), 50):
-                for frame in frames[begin : begin + 50]:
-                    await socket.connection.send(frame, text=chance.random() > 0.02)
-                await socket.barrier()
-                if chance.random() < 0.2:  # and now and then one that ends the socket
-                    closes += 1
-                    await socket.connection.send(frames[begin] + b"\xff", text=True)
-                    assert await socket.wait_closed() == 1007
-                    await socket.close()
-                    codes = [event["code"] for event in socket.seen if event["type"] == "error"]
-                    assert "internal_error" not in codes
-                    socket = await ann.open(server)
-                await watch.say()
-            assert "internal_error" not in [event.get("code") for event in socket.seen]
-            await socket.close()
-            assert server.exit_code is None
-            watch.check(least=len(frames) // 50)
-        assert closes
-        assert (await client.get("/health/ready")).status_code == 200

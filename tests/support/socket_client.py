@@ -33,7 +33,12 @@ class SocketClient:
     async def open(cls, ws_url: str, token: str, **options: Any) -> Self:
         """Connect to `Server.ws_url` by the Authorization header and wait for `hello`."""
         headers = {"Authorization": f"Bearer {token}", **options.pop("headers", {})}
-        connection = await connect(ws_url, additional_headers=headers, max_size=None, compression=None, **options)
+        return await cls.connect(ws_url, additional_headers=headers, **options)
+
+    @classmethod
+    async def connect(cls, url: str, **options: Any) -> Self:
+        """The same by any door."""
+        connection = await connect(url, max_size=None, compression=None, **options)
         client = cls(connection)
         await client.wait(type="hello")
         return client

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.support.people import Person
+from tests.support.servers import Server
 from tests.support.socket_client import SocketClient
 
 MB = 1024 * 1024
@@ -111,3 +112,48 @@ async def undisturbed(bystander: Bystander, seconds: float) -> AsyncIterator[Non
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
     assert bystander.longest < seconds, f"somebody else waited {bystander.longest:.2f} s"
+
+
+class Watch:
+    """Two who chat with each other, and how long each message took."""
+
+    def __init__(self, sender: SocketClient, receiver: SocketClient, chat_id: int) -> None:
+        self.sender, self.receiver, self.chat_id = sender, receiver, chat_id
+        self.seconds: list[float] = []
+
+    async def say(self) -> None:
+        """One message there."""
+        text = f"echo {len(self.seconds)}"
+        began = time.monotonic()
+        assert (await self.sender.say(self.chat_id, text))["type"] == "ack"
+        await self.receiver.wait(lambda event: event["message"]["content"] == text, type="new_message")
+        self.seconds.append(time.monotonic() - began)
+        await self.sender.wait(type="new_message")
+
+    async def go_on(self) -> None:
+        """Messages, until this is cancelled."""
+        while True:
+            await self.say()
+            await asyncio.sleep(0.005)
+
+    @property
+    def p99(self) -> float:
+        """Seconds that all but one in a hundred took at most: the machine itself may pause now and then."""
+        return sorted(self.seconds)[-1 - len(self.seconds) // 100]
+
+    def check(self, least: int) -> None:
+        """Nobody has waited for a second, and nothing came twice or to the wrong people."""
+        assert len(self.seconds) >= least
+        assert self.p99 < 1, self.seconds
+        for socket in (self.sender, self.receiver):
+            assert {event["type"] for event in socket.seen} <= {"hello", "ack", "new_message", "heartbeat"}
+            heard = [event for event in socket.seen if event["type"] == "new_message"]
+            assert [event["message"]["seq"] for event in heard] == list(range(1, len(heard) + 1))
+            assert socket.close_code is None
+
+
+@contextlib.asynccontextmanager
+async def watched(server: Server, one: Person, other: Person) -> AsyncIterator[Watch]:
+    chat_id = await one.personal(other)
+    async with await one.open(server) as sender, await other.open(server) as receiver:
+        yield Watch(sender, receiver, chat_id)
