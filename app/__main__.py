@@ -7,18 +7,15 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
-import gc
 import sys
 from collections.abc import Sequence
 
-import uvicorn
-
-from app.api.server import server_config
-from app.core.config import Settings, get_settings
+from app.core.config import MAX_WORKERS, Settings, get_settings
 from app.core.errors import StartupError
 from app.db.database import Database, migrate
+from app.services.bus import BUS_ERRORS, redis_client
 from app.services.notification_service import open_firebase
+from app.workers import serve
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -32,10 +29,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         elif options.command == "check":
             asyncio.run(check(settings))
         else:
+            workers = settings.workers if options.workers is None else options.workers
+            settings.check_workers(workers)
             serve(
                 settings,
                 options.host or settings.host,
                 settings.port if options.port is None else options.port,
+                workers,
             )
     except StartupError as error:
         sys.exit(str(error))
@@ -45,6 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m app", description="Dialect, a self-hosted messenger server.")
     parser.add_argument("--host", help="address to listen on, instead of the setting HOST")
     parser.add_argument("--port", type=_port, help="port to listen on, instead of the setting PORT")
+    parser.add_argument("--workers", type=_workers, help="processes to start, instead of the setting WORKERS")
     commands = parser.add_subparsers(dest="command", metavar="command", title="commands")
     commands.add_parser("serve", help="start the server (the default)")
     commands.add_parser("migrate", help="create the database where it is missing and bring it up to date")
@@ -58,32 +59,10 @@ def _port(text: str) -> int:
     return int(text)
 
 
-def serve(settings: Settings, host: str, port: int) -> None:
-    """Serve until a signal says stop."""
-    raise_descriptor_limit()
-    from app.main import app  # importing it builds it, which the other commands need not wait for
-
-    config = server_config(app, settings, host, port)
-    # What is imported and built by now lives as long as the process, and what a message leaves dies by itself:
-    # looking through all of it after every few hundred messages took a tenth of the loop's time.
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(50_000, 20, 50)
-    # After a stop by Ctrl+C uvicorn lets the signal go on, once all is closed: nothing is left to interrupt.
-    with contextlib.suppress(KeyboardInterrupt):
-        uvicorn.Server(config).run()
-
-
-def raise_descriptor_limit() -> None:
-    """Take all file descriptors that the system allows: each connection is one, and a shell's default is 1024."""
-    if sys.platform == "win32":
-        return
-    import resource
-
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        with contextlib.suppress(OSError, ValueError):  # macOS says "unlimited" and means less
-            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+def _workers(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= MAX_WORKERS:
+        raise argparse.ArgumentTypeError(f"workers are 1 to {MAX_WORKERS}")
+    return int(text)
 
 
 async def check(settings: Settings) -> None:
@@ -98,6 +77,15 @@ async def check(settings: Settings) -> None:
         await database.start()
     finally:
         await database.close()
+    if settings.redis_url is not None:
+        redis = redis_client(settings.redis_url.get_secret_value())
+        try:
+            await redis.ping()
+        except BUS_ERRORS as error:
+            raise StartupError(f"Redis does not answer ({type(error).__name__}); check REDIS_URL.") from error
+        finally:
+            await redis.aclose()
+        print("redis: ok")
     print(f"database: ok ({'MySQL' if settings.uses_mysql else 'SQLite'}, reachable and up to date)")
 
 

@@ -11,6 +11,7 @@ import logging
 import os
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -30,7 +31,7 @@ from app.db.database import Database  # noqa: E402
 from app.main import create_app  # noqa: E402
 from app.services.container import Services  # noqa: E402
 from tests.support.contract import judge  # noqa: E402
-from tests.support.databases import ENGINES, MysqlDatabase, SqliteTemplate, make_settings  # noqa: E402
+from tests.support.databases import ENGINES, MYSQL_URL, MysqlDatabase, SqliteTemplate, make_settings  # noqa: E402
 from tests.support.secrets import check_log  # noqa: E402
 from tests.support.servers import COMMANDS, Door, Server, environment  # noqa: E402
 
@@ -45,7 +46,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """DIALECT_TEST_ENGINES=mysql asks for the tests that MySQL can change: all others need no second run."""
     if ENGINES != ["mysql"]:
         return
-    of_mysql = {"settings", "shared_server", "mysql_settings", "mysql_database"}
+    of_mysql = {"settings", "shared_server", "mysql_settings", "mysql_database", "servers"}
     chosen: list[pytest.Item] = []
     left_out: list[pytest.Item] = []
     for item in items:
@@ -79,9 +80,23 @@ def settings(request: pytest.FixtureRequest, tmp_path: Path) -> Settings:
     else:
         values = request.getfixturevalue("sqlite_template").new(tmp_path)
     values["upload_path"] = tmp_path / "uploads"
+    return make_settings(**values | _marked(request))
+
+
+def _marked(request: pytest.FixtureRequest) -> dict[str, Any]:
+    values: dict[str, Any] = {}
     for mark in reversed(list(request.node.iter_markers("settings"))):
-        values = {**values, **mark.kwargs}
-    return make_settings(**values)
+        values |= mark.kwargs
+    return values
+
+
+@pytest.fixture
+def mysql_settings(request: pytest.FixtureRequest) -> Settings:
+    """A fresh database on MySQL."""
+    if not MYSQL_URL:
+        pytest.skip("DIALECT_TEST_MYSQL_URL is not set")
+    mysql: MysqlDatabase = request.getfixturevalue("mysql_database")
+    return make_settings(**{**mysql.new(), **_marked(request)})
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ a free name for a taken one; the unique constraint decides when a name is taken.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from pybloom_live import ScalableBloomFilter
 
@@ -21,6 +21,16 @@ class UsernameFilter:
         # Grows by whole filters once `capacity` is reached, at the same rate of errors.
         self._names = ScalableBloomFilter(capacity, ERROR_RATE, ScalableBloomFilter.SMALL_SET_GROWTH)
         self.warm = False
+        self.on_taken: list[Callable[[str], None]] = []
+        """Called with each name that is taken here."""
+        self.hears_others: Callable[[], bool] = lambda: True
+        """Whether names that are taken elsewhere are heard of here."""
+
+    def take(self, username: str) -> None:
+        """Remember a name that has just been taken here."""
+        self.add(username)
+        for listener in self.on_taken:
+            listener(username)
 
     def add(self, username: str) -> None:
         """Remember a name that is taken."""
@@ -31,10 +41,14 @@ class UsernameFilter:
         for username in usernames:
             self._names.add(username.lower())
 
+    def cool(self) -> None:
+        """Names may have been missed: until all have been added again, none is known to be free."""
+        self.warm = False
+
     def finish_warming(self) -> None:
         """All names of the database have been added: from now on an unknown name is a free one."""
         self.warm = True
 
     def may_be_taken(self, username: str) -> bool:
         """False only for a name that nobody this process knows of has."""
-        return not self.warm or username.lower() in self._names
+        return not self.warm or not self.hears_others() or username.lower() in self._names

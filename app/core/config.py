@@ -19,6 +19,8 @@ PLACEHOLDER_SECRETS = frozenset({"", "your_super_secret_key_here_min_32_chars", 
 MIN_SECRET_BYTES = 32
 """HS256 needs a key at least as long as its output (RFC 7518 section 3.2)."""
 
+MAX_WORKERS = 64
+
 CommaList = Annotated[list[str], NoDecode]
 
 
@@ -40,6 +42,17 @@ class Settings(BaseSettings):
     sqlite_path: Path = Field(Path("dialect.db"), description="The SQLite file, when no DB_* name is set.")
     db_pool_size: int = Field(10, ge=2, le=500, description="Connections kept to MySQL.")
     db_timeout_seconds: float = Field(4.0, gt=0, description="A database that is silent for so long is down.")
+
+    # Several workers
+    redis_url: SecretStr | None = Field(
+        None, description="Joins several workers into one server: redis://[:password@]host:port/db. Needs MySQL."
+    )
+    workers: int = Field(
+        1, ge=1, le=MAX_WORKERS, description="Processes of `python -m app`; several need REDIS_URL and MySQL."
+    )
+    worker_timeout_seconds: float = Field(
+        30, ge=1, description="A worker that does not answer its parent for so long is replaced."
+    )
 
     # Tokens
     secret_key: SecretStr = Field(SecretStr(""), description="Signs access tokens; at least 32 bytes.")
@@ -176,10 +189,17 @@ class Settings(BaseSettings):
     def _split(cls, value: object) -> object:
         return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
-    @field_validator("db_user", "db_host", "db_name", "firebase_credentials_path", mode="before")
+    @field_validator("db_user", "db_host", "db_name", "firebase_credentials_path", "redis_url", mode="before")
     @classmethod
     def _empty_is_unset(cls, value: object) -> object:
         return None if value == "" else value
+
+    @field_validator("redis_url")
+    @classmethod
+    def _redis_scheme(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None and not value.get_secret_value().startswith(("redis://", "rediss://")):
+            raise ValueError("it starts with redis:// or rediss://")
+        return value
 
     @model_validator(mode="after")
     def _secret_key(self) -> Self:
@@ -196,6 +216,13 @@ class Settings(BaseSettings):
                 f"SECRET_KEY has {len(secret.encode())} bytes; it needs at least {MIN_SECRET_BYTES} random ones."
             )
         return self
+
+    def check_workers(self, workers: int) -> None:
+        """Raises StartupError when so many workers cannot be one server with these settings."""
+        if workers > 1 and not self.uses_mysql:
+            raise StartupError(f"{workers} workers need MySQL: SQLite serves one process. Set the DB_* names.")
+        if workers > 1 and self.redis_url is None:
+            raise StartupError(f"{workers} workers need REDIS_URL: they tell each other of messages through Redis.")
 
     @property
     def uses_mysql(self) -> bool:

@@ -268,18 +268,24 @@ class Database:
             if known.opened_at + MYSQL_RECYCLE_SECONDS > time.monotonic():
                 return known
             known.abandon()
+        return MySQLLogConnection(await self.connect_mysql())
+
+    async def connect_mysql(self) -> Any:
+        """A connection of the bare driver, outside the pools, that commits each statement.
+
+        Raises the driver's errors.
+        """
         url = database_url(self.settings, driver="async")
-        driver = await _connect_mysql(
+        return await _connect_mysql(
             host=url.host,
             port=url.port,
             user=url.username,
             password=url.password or "",
             db=url.database,
             charset="utf8mb4",
-            autocommit=True,  # BEGIN comes with the first statement
+            autocommit=True,
             **self._mysql_connect,
         )
-        return MySQLLogConnection(driver)
 
     @contextlib.asynccontextmanager
     async def _guarded(self, engine: AsyncEngine) -> AsyncIterator[AsyncSession]:

@@ -128,7 +128,7 @@ class AuthService:
                 uow.session, user, display_name_key=name_key(user.display_name), password_hash=password_hash
             )
             refresh_token = await self._insert_session(uow, session)
-            uow.after_commit(lambda: self.usernames.add(user.username))
+            uow.after_commit(lambda: self.usernames.take(user.username))
         return {**me_view(user), **self._tokens(user_id, session_id, refresh_token)}
 
     async def login(
@@ -405,6 +405,15 @@ class AuthService:
         for session_id in session_ids:
             for callback in self.on_session_ended:
                 uow.after_commit(partial(callback, session_id))
+
+    def forget_session(self, session_id: int) -> None:
+        """A session ended, on this worker or another: it is not believed alive any more."""
+        self._forget([session_id])
+
+    def forget_sessions(self) -> None:
+        """Ends may have been missed: ask the database again before any session is believed alive."""
+        self._endings += 1
+        self._alive.clear()
 
     def _forget(self, session_ids: list[int]) -> None:
         self._endings += 1

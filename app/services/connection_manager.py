@@ -370,7 +370,7 @@ class Channel:
 
 ChatEvents = Callable[[int, int, int | None], AsyncIterator[CatchUpEvent]]
 ResumeEvents = Callable[["OnlineUser", ResumeIn, str | None], AsyncIterator[CatchUpEvent]]
-PresenceListener = Callable[[int, bool], None]
+SocketsListener = Callable[[int], None]
 
 
 class ConnectionManager:
@@ -387,7 +387,8 @@ class ConnectionManager:
         self.chat_events: ChatEvents
         self.resume_events: ResumeEvents
         """Where catching up reads from; wired by the container, which builds that service from this one."""
-        self.presence_listeners: list[PresenceListener] = []
+        self.listeners: list[SocketsListener] = []
+        """Called with a user when one of their sockets came or went."""
         self.draining = False
         self._empty = asyncio.Event()
         self._empty.set()
@@ -469,7 +470,6 @@ class ConnectionManager:
     def add(self, transport: Transport, user_id: int, session_id: int, expires_at: datetime) -> Connection:
         """Register a new socket. It gets live events once `load_chats` has told its chats."""
         user = self.users.get(user_id)
-        came_online = user is None
         if user is None:
             user = self.users[user_id] = OnlineUser(user_id)
             self._empty.clear()
@@ -480,8 +480,7 @@ class ConnectionManager:
             oldest = user.connections[0]
             oldest.close(CloseCode.REPLACED, "too many sockets of this account")
             self.remove(oldest)
-        if came_online:
-            self._tell_presence(user_id, online=True)
+        self._tell_listeners(user_id)
         return connection
 
     def remove(self, connection: Connection) -> None:
@@ -501,11 +500,11 @@ class ConnectionManager:
             del self.users[user.id]
             if not self.users:
                 self._empty.set()
-            self._tell_presence(user.id, online=False)
+        self._tell_listeners(user.id)
 
-    def _tell_presence(self, user_id: int, *, online: bool) -> None:
-        for listener in self.presence_listeners:
-            listener(user_id, online)
+    def _tell_listeners(self, user_id: int) -> None:
+        for listener in self.listeners:
+            listener(user_id)
 
     async def load_chats(self, user: OnlineUser) -> list[ChatCursor]:
         """Read a user's chats and subscribe their connections to exactly these.

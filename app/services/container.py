@@ -21,25 +21,28 @@ from app.db.repositories import users as user_repository
 from app.services.auth_service import AuthService
 from app.services.avatar_service import AvatarService
 from app.services.block_service import BlockService
+from app.services.bus import Bus, redis_client
 from app.services.chat_log.append import Appender
 from app.services.chat_log.catch_up import CatchUpService
-from app.services.chat_log.changes import Appended
+from app.services.chat_log.changes import Appended, Remote
 from app.services.chat_log.roster import RosterCache
 from app.services.chat_log.sequencer import Sequencer
 from app.services.chat_log.writer import Writer
 from app.services.chat_service import ChatService
 from app.services.chat_settings_service import ChatSettingsService
+from app.services.cluster import AnnounceItem, Cluster
 from app.services.connection_manager import ConnectionManager
 from app.services.draft_service import DraftService
 from app.services.file_service import FileService
 from app.services.image_service import ImageService
 from app.services.message_service import MessageService
 from app.services.notification_service import NotificationService
+from app.services.online import Online
 from app.services.presence_service import PresenceService
 from app.services.rate_limiter import RateLimiter
 from app.services.storage import open_storage
 from app.services.telemetry import Telemetry
-from app.services.ticket_store import MemoryTickets
+from app.services.ticket_store import MemoryTickets, RedisTickets
 from app.services.typing_service import TypingService
 from app.services.unit_of_work import UnitOfWorkFactory
 from app.services.user_service import UserService
@@ -62,6 +65,8 @@ class Services:
     hasher: PasswordHasher
     usernames: UsernameFilter
     rate_limiter: RateLimiter
+    online: Online
+    cluster: Cluster
     auth: AuthService
     users: UserService
     user_settings: UserSettingsService
@@ -87,12 +92,14 @@ class Services:
         async with self.database.reading() as session:
             self.catch_up.epoch = await account_repository.epoch(session)
         self.connections.start()
-        self.warm_usernames()
+        if self.cluster.bus is None:  # else once the bus is heard: a name taken before would be missed
+            self.warm_usernames()
         self.files.start()
         self.sequencer.start()
         self.writer.start()
         self.notifications.start()
         self.telemetry.start()
+        self.cluster.start(self.catch_up.epoch)
 
     async def drain(self) -> None:
         """Before a stop: answer what was taken, close every socket with 1012.
@@ -111,12 +118,23 @@ class Services:
         await self.connections.stop()
         await self.sequencer.stop()
         await self.auth.close()
+        await self.cluster.stop()
         self.hasher.close()
         await self.database.close()
 
     async def check(self) -> dict[str, Literal["ok", "down"]]:
         """The state of everything that serving a request needs."""
-        return {"database": "ok" if await self.database.ping() else "down"}
+        checks: dict[str, Literal["ok", "down"]] = {"database": "ok" if await self.database.ping() else "down"}
+        if self.cluster.bus is not None:
+            checks["redis"] = "ok" if self.cluster.reliable else "down"
+        return checks
+
+    async def make_up_for_lost_hints(self) -> None:
+        """What was learned from other workers may be outdated: ask the database again. Raises Unavailable."""
+        self.auth.forget_sessions()
+        self.rosters.clear()
+        self.usernames.cool()
+        await self._warm_usernames()
 
     def warm_usernames(self) -> None:
         """Fill the filter of usernames beside serving: a million take a while, and meanwhile the database is asked."""
@@ -148,27 +166,34 @@ def build_services(settings: Settings, clock: Clock | None = None) -> Services:
     rosters = RosterCache()
     appender = Appender(rosters, clock, receipts_members_max=settings.receipts_members_max)
     connections = ConnectionManager(settings=settings, clock=clock, database=database)
+    online = Online(connections)
+    redis = redis_client(settings.redis_url.get_secret_value()) if settings.redis_url is not None else None
+    bus = Bus(redis, clock) if redis is not None else None
+    cluster = Cluster(clock=clock, connections=connections, online=online, bus=bus)
     sequencer = Sequencer(settings=settings, clock=clock, database=database, rosters=rosters, connections=connections)
 
     def announce(appended: Appended) -> None:
         try:
             sequencer.announce(appended)
         finally:
-            if notifications.enabled:
-                notifications.hint(appended)
+            cluster.announce(appended)
+            notifications.hint(appended)
 
     unit_of_work = UnitOfWorkFactory(database, appender, ids, announce)
     writer = Writer(settings=settings, clock=clock, database=database, appender=appender, ids=ids, announce=announce)
     notifications = NotificationService(
-        settings=settings, clock=clock, database=database, unit_of_work=unit_of_work, connections=connections
+        settings=settings, clock=clock, database=database, unit_of_work=unit_of_work, online=online
     )
     catch_up = CatchUpService(settings=settings, database=database, connections=connections)
     connections.chat_events = catch_up.chat
     connections.resume_events = catch_up.resume
-    presence = PresenceService(settings=settings, clock=clock, database=database, connections=connections)
+    presence = PresenceService(
+        settings=settings, clock=clock, database=database, connections=connections, online=online
+    )
+    typing = TypingService(database=database, rosters=rosters, connections=connections, cluster=cluster)
     hasher = PasswordHasher(settings)
     usernames = UsernameFilter(settings.username_filter_capacity)
-    rate_limiter = RateLimiter(settings, clock)
+    rate_limiter = RateLimiter(settings, clock, redis)
     storage, images = open_storage(settings), ImageService(settings)
     files = FileService(
         settings=settings,
@@ -190,6 +215,8 @@ def build_services(settings: Settings, clock: Clock | None = None) -> Services:
         hasher=hasher,
         usernames=usernames,
         rate_limiter=rate_limiter,
+        online=online,
+        cluster=cluster,
         auth=AuthService(
             settings=settings,
             clock=clock,
@@ -199,7 +226,7 @@ def build_services(settings: Settings, clock: Clock | None = None) -> Services:
             hasher=hasher,
             usernames=usernames,
             limiter=rate_limiter,
-            tickets=MemoryTickets(clock),
+            tickets=RedisTickets(redis) if redis is not None else MemoryTickets(clock),
         ),
         users=UserService(
             settings=settings,
@@ -207,7 +234,7 @@ def build_services(settings: Settings, clock: Clock | None = None) -> Services:
             database=database,
             usernames=usernames,
             limiter=rate_limiter,
-            is_online=connections.is_online,
+            is_online=online.is_online,
         ),
         user_settings=UserSettingsService(database=database),
         blocks=BlockService(clock=clock, database=database),
@@ -223,16 +250,56 @@ def build_services(settings: Settings, clock: Clock | None = None) -> Services:
         ),
         files=files,
         avatars=AvatarService(settings=settings, clock=clock, files=files, storage=storage, images=images),
-        typing=TypingService(database=database, rosters=rosters, connections=connections),
+        typing=typing,
         presence=presence,
         notifications=notifications,
         telemetry=Telemetry(
             database=database, connections=connections, writer=writer, hasher=hasher, notifications=notifications
         ),
     )
-    services.auth.on_session_ended.append(connections.close_session)
-    services.blocks.on_blocked.append(presence.separate)
+    services.auth.on_session_ended += [connections.close_session, cluster.end_session]
+    services.blocks.on_blocked += [presence.separate, cluster.separate]
+    usernames.on_taken.append(cluster.take_username)
+    usernames.hears_others = lambda: cluster.reliable
+    _listen(services)
     return services
+
+
+def _listen(services: Services) -> None:
+    """Do here what other workers tell."""
+    cluster, connections = services.cluster, services.connections
+
+    def announce(item: AnnounceItem) -> None:
+        services.sequencer.receive(
+            Remote(
+                chat_id=item["chat_id"],
+                prev=item["prev"],
+                version=item["version"],
+                members_version=item["members_version"],
+                events=item["events"],
+                seqs=item["seqs"],
+                joined=frozenset(item["joined"]),
+                left=frozenset(item["left"]),
+            )
+        )
+
+    def type_(chat_id: int, user_id: int, active: bool) -> None:
+        connections.spawn(services.typing.receive(chat_id, user_id, active=active), "typing")
+
+    def end_session(session_id: int) -> None:
+        services.auth.forget_session(session_id)
+        connections.close_session(session_id)
+
+    cluster.on_announce = announce
+    cluster.on_roster = services.rosters.drop
+    cluster.on_account = connections.send_to_user
+    cluster.on_typing = type_
+    cluster.on_session_ended = end_session
+    cluster.on_separated = services.presence.separate
+    cluster.on_username = services.usernames.add
+    cluster.on_push = services.notifications.look_at
+    cluster.on_lost = services.make_up_for_lost_hints
+    cluster.pushes = lambda: services.notifications.leads
 
 
 def _lease(database: Database) -> Callable[[Kind, int], Awaitable[int]]:

@@ -25,18 +25,21 @@ from app.core.config import Settings
 from app.core.errors import Unauthenticated, Unavailable
 from app.core.tasks import supervise
 from app.db.database import Database
+from app.db.leadership import Leadership
 from app.db.repositories import push as repository
 from app.db.repositories import sessions as session_repository
 from app.db.repositories.push import DeviceRow, Target, UnpushedMessage
 from app.db.schemas import PushDeviceIn
 from app.services.caller import Caller
 from app.services.chat_log.changes import Appended
-from app.services.connection_manager import ConnectionManager
 from app.services.firebase import Firebase, Push
+from app.services.online import Online
 from app.services.unit_of_work import UnitOfWorkFactory
 
 log = logging.getLogger(__name__)
 
+LEAD_SECONDS = 3.0
+"""Between looks whether this process pushes, or another one does."""
 SEARCH_SECONDS = 5.0
 """Between searches for chats that nobody gave a hint of."""
 SEARCH_WINDOW_SECONDS = 60
@@ -99,7 +102,7 @@ class _Chat:
 
 
 class NotificationService:
-    """Registers devices and pushes to them. One per process, and for now one process per database."""
+    """Registers devices and pushes to them. One per process; of those on one database only one pushes."""
 
     def __init__(
         self,
@@ -108,14 +111,14 @@ class NotificationService:
         clock: Clock,
         database: Database,
         unit_of_work: UnitOfWorkFactory,
-        connections: ConnectionManager,
+        online: Online,
     ) -> None:
         """Raises StartupError when there is a service account that cannot be used."""
         self._settings = settings
         self._clock = clock
         self._database = database
         self._unit_of_work = unit_of_work
-        self._connections = connections
+        self._online = online
         self._firebase = open_firebase(settings)
         self._slots = asyncio.Semaphore(settings.push_threads)
         self._hints: dict[int, None] = {}
@@ -126,6 +129,8 @@ class NotificationService:
         self._behind = True
         """Whether hints may have been lost, so that the next search must reach far back."""
         self._wake = asyncio.Event()
+        self._leadership = Leadership(database, "push")
+        self._leading: asyncio.Task[None] | None = None
         self._loops: list[asyncio.Task[None]] = []
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -152,13 +157,42 @@ class NotificationService:
                 hint = f"there is no file {path} (FIREBASE_CREDENTIALS_PATH)"
             log.info("push_is_off", extra={"hint": hint})
             return
-        self._loops = [
-            supervise("push", self._run),
-            supervise("push-cursors", self._keep_storing),
-        ]
+        self._leading = supervise("push-lead", self._lead)
 
     async def stop(self) -> None:
-        """End. What was not told yet is told after the next start: the cursors know."""
+        """End. What was not told yet is told after the next start, or by another process: the cursors know."""
+        if self._leading is not None:
+            self._leading.cancel()
+            await asyncio.gather(self._leading, return_exceptions=True)
+            self._leading = None
+        if self._firebase is not None:
+            await self._firebase.close()
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process is the one that pushes."""
+        return self._leadership.since is not None
+
+    async def _lead(self) -> None:
+        """Push for as long as nobody else does."""
+        try:
+            while True:
+                leads = False
+                with contextlib.suppress(Unavailable):
+                    leads = await self._leadership.hold()
+                if leads and not self._loops:
+                    log.info("push_leads")
+                    self._behind = True
+                    self._loops = [supervise("push", self._run), supervise("push-cursors", self._keep_storing)]
+                elif not leads and self._loops:
+                    log.info("push_follows")
+                    await self._stop_pushing()
+                await asyncio.sleep(LEAD_SECONDS)
+        finally:
+            await self._stop_pushing()
+            self._leadership.release()
+
+    async def _stop_pushing(self) -> None:
         for task in self._loops:
             task.cancel()
         await asyncio.gather(*self._loops, return_exceptions=True)
@@ -171,8 +205,9 @@ class NotificationService:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        if self._firebase is not None:
-            await self._firebase.close()
+        self._hints.clear()
+        self._waiting.clear()
+        self._chats.clear()
 
     # --- devices ---
 
@@ -209,9 +244,16 @@ class NotificationService:
 
     def hint(self, appended: Appended) -> None:
         """Something was committed: look at the chats that got messages. Costs the sender nothing else."""
+        if not self._loops:
+            return
         for announcement in appended.announcements:
             if any(event["type"] == "new_message" for event in announcement.events):
                 self._hint(announcement.chat_id)
+
+    def look_at(self, chat_id: int) -> None:
+        """Another process committed something to a chat."""
+        if self._loops:
+            self._hint(chat_id)
 
     def _hint(self, chat_id: int) -> None:
         if len(self._hints) >= HINTS_MAX:
@@ -309,7 +351,7 @@ class NotificationService:
     def _give_grace(self, job: _Job) -> None:
         """Let a device with an open socket mark the newest delivered before it is pushed to."""
         job.due, job.wanted = asyncio.get_running_loop().time(), job.seq
-        if job.session_id in self._connections.live_sessions(job.user_id):
+        if job.session_id in self._online.live_sessions(job.user_id):
             job.due += self._settings.push_grace_seconds
         job.begun = job.due
 
@@ -365,7 +407,7 @@ class NotificationService:
             if not targets or targets[0].read_seq >= job.trying:
                 return None
             [target] = targets
-            live = self._connections.live_sessions(job.user_id)
+            live = self._online.live_sessions(job.user_id)
             if job.session_id in live and target.delivered_seq >= job.wanted:
                 job.trying = job.wanted
                 return self._watch(job, live)

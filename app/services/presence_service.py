@@ -18,6 +18,7 @@ from app.db.events import PresenceEvent
 from app.db.repositories import pairs as pairs_repository
 from app.db.repositories import users as users_repository
 from app.services.connection_manager import Connection, ConnectionManager
+from app.services.online import Online
 from app.services.transport import Frames
 
 log = logging.getLogger(__name__)
@@ -28,17 +29,27 @@ LAST_SEEN_DELAY_SECONDS = 1.0
 class PresenceService:
     """Keeps who watches whom, and tells them."""
 
-    def __init__(self, *, settings: Settings, clock: Clock, database: Database, connections: ConnectionManager) -> None:
+    def __init__(
+        self,
+        *,
+        settings: Settings,
+        clock: Clock,
+        database: Database,
+        connections: ConnectionManager,
+        online: Online,
+    ) -> None:
         self._settings = settings
         self._clock = clock
         self._database = database
         self._connections = connections
+        self._online = online
         self._watchers: dict[int, set[Connection]] = {}
         self._separations = 0
         self._gone: set[int] = set()
         self._storing = asyncio.Lock()
         self._later: asyncio.Task[None] | None = None
-        connections.presence_listeners.append(self._on_presence)
+        online.listeners.append(self._on_presence)
+        online.here_listeners.append(self._on_here)
 
     async def subscribe(self, connection: Connection, user_ids: Sequence[int]) -> None:
         """Let a connection watch these people instead of those before, and tell it how they are now.
@@ -64,7 +75,7 @@ class PresenceService:
         connection.watching = frozenset(row.id for row in rows)
         for row in rows:
             self._watchers.setdefault(row.id, set()).add(connection)
-            online = self._connections.is_online(row.id)
+            online = self._online.is_online(row.id)
             seen = None if online or row.last_seen_at is None else timestamp(row.last_seen_at)
             connection.send_event({"type": "presence", "user_id": row.id, "online": online, "last_seen_at": seen})
 
@@ -92,12 +103,6 @@ class PresenceService:
 
     def _on_presence(self, user_id: int, online: bool) -> None:
         now = self._clock.now()
-        if not online:
-            self._gone.add(user_id)
-            if self._later is None or self._later.done():
-                self._later = self._connections.start_task(
-                    keep_running("last-seen", self._flush_later, until=lambda: not self._gone), "last-seen"
-                )
         watchers = self._watchers.get(user_id)
         if watchers:
             event: PresenceEvent = {
@@ -109,6 +114,15 @@ class PresenceService:
             frames = Frames.of(event)
             for connection in watchers:
                 connection.send_droppable(frames)
+
+    def _on_here(self, user_id: int) -> None:
+        # Stored by each worker for its own sockets: the last one to lose somebody has the last word.
+        if not self._connections.is_online(user_id):
+            self._gone.add(user_id)
+            if self._later is None or self._later.done():
+                self._later = self._connections.start_task(
+                    keep_running("last-seen", self._flush_later, until=lambda: not self._gone), "last-seen"
+                )
 
     async def _flush_later(self) -> None:
         """Store when people went, a second's worth at once: a thousand may drop together."""

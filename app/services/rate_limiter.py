@@ -1,21 +1,40 @@
-"""Rate limits by name, one for each `limit_...` setting, shared by REST and sockets.
+"""Rate limits by name, one for each `limit_...` setting, shared by REST and sockets, and with Redis by all workers.
 
-Kept in this process: several workers each allow the whole limit.
+While Redis is away, limits that protect logins refuse (fail closed): else an outage would be the time to guess
+passwords. All others go on in this process alone (fail open): a conversation must not stop for a counter.
 """
 
 from __future__ import annotations
 
 import ipaddress
+import logging
+import time
 from collections import OrderedDict, deque
 
 from limits import RateLimitItem, parse
-from limits.aio.storage import MovingWindowSupport, Storage
-from limits.aio.strategies import MovingWindowRateLimiter
+from limits.aio.storage import MovingWindowSupport, RedisStorage, Storage
+from limits.aio.strategies import MovingWindowRateLimiter, SlidingWindowCounterRateLimiter
+from redis.asyncio import Redis
 
 from app.core import metrics
 from app.core.clock import Clock, SystemClock
 from app.core.config import Settings
-from app.core.errors import StartupError, TooManyRequests
+from app.core.errors import StartupError, TooManyRequests, Unavailable
+from app.services.bus import BUS_ERRORS
+
+log = logging.getLogger(__name__)
+
+FAIL_CLOSED = frozenset(
+    {
+        "limit_register_per_ip",
+        "limit_login_per_ip",
+        "limit_login_per_account_and_ip",
+        "limit_login_failures_per_account",
+    }
+)
+"""Limits without which passwords could be guessed, or accounts be made, without end."""
+REDIS_PAUSE_SECONDS = 1.0
+"""After Redis failed, it is not asked for so long: nobody else shall wait for it."""
 
 
 class MovingWindows(Storage, MovingWindowSupport):
@@ -97,25 +116,64 @@ def _forget(keys: OrderedDict[str, deque[float]], before: float) -> None:
 class RateLimiter:
     """Counts what callers do. A limit is called as its setting is."""
 
-    def __init__(self, settings: Settings, clock: Clock | None = None) -> None:
+    def __init__(self, settings: Settings, clock: Clock | None = None, redis: Redis | None = None) -> None:
         self._clock = clock or SystemClock()
-        self._limiter = MovingWindowRateLimiter(MovingWindows(self._clock))
+        self._here = MovingWindowRateLimiter(MovingWindows(self._clock))
+        self._shared: SlidingWindowCounterRateLimiter | None = None
+        if redis is not None:
+            # Its windows run by the clock of Redis: those of the workers may differ, and jump.
+            storage = RedisStorage(
+                "async+redis://",  # the pool knows where
+                implementation="redispy",
+                key_prefix="dialect:limits",
+                connection_pool=redis.connection_pool,  # type: ignore[arg-type]  # passed on to the client
+            )
+            self._shared = SlidingWindowCounterRateLimiter(storage)
+        self._redis_again_at = 0.0
         self._rules: dict[str, RateLimitItem | None] = {}
         for name, value in settings:
             if name.startswith("limit_") and isinstance(value, str):
                 self._rules[name] = _rule(name, value)
 
     async def hit(self, name: str, *key: str | int) -> None:
-        """Count one more. Raises TooManyRequests, and counts nothing, once the limit is reached."""
+        """Count one more. Raises TooManyRequests, and counts nothing, once the limit is reached; Unavailable where
+        the limit fails closed and Redis is away."""
         rule = self._rules[name]
         if rule is None:
             return
         parts = (name, *map(str, key))
-        if not await self._limiter.hit(rule, *parts):
+        if self._shared is not None:
+            wait = await self._hit_shared(self._shared, rule, parts)
+            if wait is not None:
+                if wait:
+                    metrics.rate_limited.labels(name).inc()
+                    raise _too_many(wait)
+                return
+            if name in FAIL_CLOSED:
+                raise Unavailable("overloaded", "Logins cannot be counted right now; try again.", retry_after=2)
+        if not await self._here.hit(rule, *parts):
             metrics.rate_limited.labels(name).inc()
-            stats = await self._limiter.get_window_stats(rule, *parts)
-            wait = max(stats.reset_time - self._clock.monotonic(), 0.001)
-            raise TooManyRequests("rate_limited", "Too many requests; wait a while.", retry_after=round(wait, 3))
+            stats = await self._here.get_window_stats(rule, *parts)
+            raise _too_many(stats.reset_time - self._clock.monotonic())
+
+    async def _hit_shared(
+        self, shared: SlidingWindowCounterRateLimiter, rule: RateLimitItem, parts: tuple[str, ...]
+    ) -> float | None:
+        """Count in Redis: the seconds to wait, 0 when the limit is not reached, None when Redis is away."""
+        if self._clock.monotonic() < self._redis_again_at:
+            return None
+        try:
+            if await shared.hit(rule, *parts):
+                return 0.0
+            stats = await shared.get_window_stats(rule, *parts)
+        except BUS_ERRORS as error:
+            self._note_away(error)
+            return None
+        return max(stats.reset_time - time.time(), 0.001)  # the library's own clock
+
+    def _note_away(self, error: Exception) -> None:
+        log.warning("limits_without_redis", extra={"error": type(error).__name__})
+        self._redis_again_at = self._clock.monotonic() + REDIS_PAUSE_SECONDS
 
     async def clear(self, name: str, *key: str | int) -> None:
         """Forget what was counted.
@@ -124,8 +182,19 @@ class RateLimiter:
         together, and a success clears it.
         """
         rule = self._rules[name]
-        if rule is not None:
-            await self._limiter.clear(rule, name, *map(str, key))
+        if rule is None:
+            return
+        parts = (name, *map(str, key))
+        await self._here.clear(rule, *parts)
+        if self._shared is not None and self._clock.monotonic() >= self._redis_again_at:
+            try:
+                await self._shared.clear(rule, *parts)
+            except BUS_ERRORS as error:
+                self._note_away(error)
+
+
+def _too_many(wait: float) -> TooManyRequests:
+    return TooManyRequests("rate_limited", "Too many requests; wait a while.", retry_after=round(max(wait, 0.001), 3))
 
 
 def _rule(name: str, value: str) -> RateLimitItem | None:

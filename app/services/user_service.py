@@ -149,7 +149,7 @@ class UserService:
                 "profile_version": new.profile_version,
             },
         )
-        uow.after_commit(lambda: self.usernames.add(new.username))
+        uow.after_commit(lambda: self.usernames.take(new.username))
         return row, new
 
     async def profile(self, viewer_id: int, user_id: int) -> Profile:

@@ -17,7 +17,7 @@ from tests.chaos import report as chaos_report
 from tests.chaos.own_mysql import OwnMysql, missing, own_mysql
 from tests.chaos.report import Row, SceneReport
 from tests.chaos.scale import FORM
-from tests.support.databases import MYSQL_URL, MysqlDatabase, SqliteTemplate, make_settings
+from tests.support.databases import MYSQL_URL, SqliteTemplate, make_settings
 from tests.support.servers import COMMANDS, Door, Server, environment, killed_at_the_end
 
 Launch = Callable[..., Server]
@@ -147,12 +147,3 @@ def killable_settings(killable_mysql: OwnMysql, tmp_path: Path) -> Settings:
     settings = make_settings(**killable_mysql.new("dialect_chaos"), upload_path=tmp_path / "uploads")
     migrate(settings)
     return settings
-
-
-@pytest.fixture
-def mysql_settings(request: pytest.FixtureRequest) -> Settings:
-    """A fresh database on MySQL."""
-    if not MYSQL_URL:
-        pytest.skip("DIALECT_TEST_MYSQL_URL is not set")
-    mysql: MysqlDatabase = request.getfixturevalue("mysql_database")
-    return make_settings(**{**mysql.new(), **_marked(request)})

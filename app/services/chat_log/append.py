@@ -179,6 +179,7 @@ class _Batch:
             ],
             self.account_events,
             [draft.roster for draft in self.drafts.values()],
+            [draft.roster for draft in drafts if draft.updated.version == draft.row.version],
         )
 
     # --- reading, all under the locks ---

@@ -128,6 +128,26 @@ class Announcement:
 
 
 @dataclass(slots=True)
+class Remote:
+    """An announcement of another worker: it says how new the roster must be, not who is in it."""
+
+    chat_id: int
+    prev: int
+    version: int
+    members_version: int
+    events: list[ChatEvent]
+    seqs: list[int]
+    joined: frozenset[int]
+    left: frozenset[int]
+
+    def under(self, roster: Roster) -> Announcement:
+        """As announced here, to those of this roster."""
+        return Announcement(
+            self.chat_id, self.prev, self.version, roster, self.events, self.seqs, self.joined, self.left
+        )
+
+
+@dataclass(slots=True)
 class Appended:
     """The result of one append: an outcome per change, and what to announce once it is committed."""
 
@@ -136,3 +156,5 @@ class Appended:
     account_events: list[tuple[int, AccountEvent]] = field(default_factory=list)
     rosters: list[Roster] = field(default_factory=list)
     """Rosters as this transaction leaves them; valid only if it commits."""
+    unannounced: list[Roster] = field(default_factory=list)
+    """Those of them that moved without an event that would tell of it."""

@@ -76,6 +76,18 @@ class RosterCache:
             _, oldest = self._rosters.popitem(last=False)
             self._members -= len(oldest.members)
 
+    def drop(self, chat_id: int, older_than: int) -> None:
+        """Forget a roster from before this `members_version`."""
+        known = self._rosters.get(chat_id)
+        if known is not None and known.members_version < older_than:
+            del self._rosters[chat_id]
+            self._members -= len(known.members)
+
+    def clear(self) -> None:
+        """Forget all: some may be outdated, and nobody knows which."""
+        self._rosters.clear()
+        self._members = 0
+
 
 async def load_rosters(executor: repository.Executor, chats: Iterable[ChatRow]) -> list[Roster]:
     """Read rosters afresh. Exact when the caller holds the chats' locks; a hint otherwise."""

@@ -18,7 +18,7 @@ from app.core.tasks import supervise
 from app.db.database import Database
 from app.db.events import ChatChangesEvent, ChatEvent
 from app.db.repositories import chat_log as repository
-from app.services.chat_log.changes import Announcement, Appended
+from app.services.chat_log.changes import Announcement, Appended, Remote
 from app.services.chat_log.roster import Roster, RosterCache, load_rosters
 from app.services.chat_log.views import info_view, member_view, message_view
 from app.services.connection_manager import Channel, ConnectionManager
@@ -52,6 +52,8 @@ class Sequencer:
         self._connections = connections
         self._early: dict[int, list[Announcement]] = {}
         self._behind: dict[int, int] = {}
+        self._rosterless: dict[int, list[Remote]] = {}
+        """Announcements of other workers that wait until their chat's roster has been read."""
         self._swept = clock.monotonic()
         self._task: asyncio.Task[None] | None = None
         self.healed = 0
@@ -75,6 +77,36 @@ class Sequencer:
             self._connections.send_to_user(user_id, event)
         for announcement in appended.announcements:
             self.offer(announcement)
+
+    def receive(self, announcement: Remote) -> None:
+        """Let out what another worker committed, once the roster is known that it was committed under."""
+        chat_id = announcement.chat_id
+        if chat_id not in self._connections.channels and not any(map(self._connections.is_online, announcement.joined)):
+            return
+        waiting = self._rosterless.get(chat_id)
+        if waiting is not None:
+            waiting.append(announcement)
+            return
+        roster = self._rosters.get(chat_id)
+        if roster is not None and roster.members_version >= announcement.members_version:
+            self.offer(announcement.under(roster))
+            return
+        self._rosterless[chat_id] = [announcement]
+        self._connections.spawn(self._fetch_roster(chat_id), "fetch-roster")
+
+    async def _fetch_roster(self, chat_id: int) -> None:
+        """Read who is in a chat before anything more of it is delivered: the cached roster is older than the chat."""
+        try:
+            async with self._database.bulk_reads, self._database.reading() as session:
+                rosters = await load_rosters(session, await repository.find_chats(session, [chat_id]))
+        except Unavailable:
+            rosters = []  # what waits is found by the sweep, once the database is back
+        finally:
+            waiting = self._rosterless.pop(chat_id, [])
+        for roster in rosters:
+            self._rosters.put(roster)
+            for announcement in waiting:
+                self.offer(announcement.under(roster))
 
     def offer(self, announcement: Announcement) -> None:
         """Release an announcement when its turn has come; keep it until then."""

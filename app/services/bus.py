@@ -1,0 +1,293 @@
+"""The bus between workers, over Redis: hints, never the only copy of anything.
+
+Whoever posts neither waits nor fails. What gathers while one round trip is under way goes out with the next, as one
+message per worker it is for, however many items and recipients that has. Messages are numbered, so that a worker knows
+when it lost some; what they would have told is in the database, and is found there by the sweep and by heartbeats.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import orjson
+from redis.asyncio import Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import RedisError
+
+from app.core.clock import Clock
+from app.core.tasks import supervise
+
+log = logging.getLogger(__name__)
+
+BUS_ERRORS = (RedisError, OSError, TimeoutError)
+"""What Redis raises when it is away. Its own time-outs and lost connections are among them."""
+CALL_SECONDS = 1.0
+"""Redis that is silent for so long is away."""
+BEAT_SECONDS = 1.0
+SILENT_SECONDS = 5.0
+"""A worker not heard for so long is gone, and a bus on which one does not even hear oneself is down."""
+BLIND_SECONDS = 30.0
+"""While the bus is down nobody is heard: other workers are believed to be there for so long."""
+OUTBOX_ITEMS_MAX = 20_000
+"""Items waiting for Redis; what comes on top is lost, as anything on this bus may be."""
+
+Item = Mapping[str, Any]
+"""What one worker tells another: a `kind`, and what belongs to it (services/cluster.py)."""
+
+EVERYBODY = ""
+
+
+@dataclass(slots=True)
+class _Peer:
+    """Another worker, as far as it is heard."""
+
+    heard_at: float
+    everybody: int = 0
+    """The number of its last message to everybody."""
+    own: int = 0
+    """The number of its last message to this worker."""
+
+
+@dataclass(slots=True)
+class BusCounters:
+    """What the bus has done since the start."""
+
+    published: int = 0
+    received: int = 0
+    lost: int = 0
+    """Messages of other workers that never came here."""
+    dropped: int = 0
+    """Items given up because Redis was away or slow."""
+    reconnects: int = field(default=-1)  # the first connection is none
+
+
+def redis_client(url: str) -> Redis:
+    """A client of Redis that fails quickly, and leaves trying again to its caller. Raises ValueError for no URL."""
+    return Redis.from_url(
+        url,
+        socket_timeout=CALL_SECONDS,
+        socket_connect_timeout=CALL_SECONDS,
+        retry=Retry(NoBackoff(), 0),
+        health_check_interval=0,
+    )
+
+
+class Bus:
+    """This worker's end of the bus. Set the callbacks, then `start`."""
+
+    def __init__(self, redis: Redis, clock: Clock) -> None:
+        self.worker_id = secrets.token_hex(6)
+        self.counters = BusCounters()
+        self.on_item: Callable[[str, Item], None]
+        """Called with who sent it, and an item."""
+        self.on_peer: Callable[[str, bool], None]
+        """Called with another worker, and whether it came or went."""
+        self.on_lost: Callable[[], None]
+        """Called when messages were lost: what was learned from the bus may be outdated."""
+        self.beat: Callable[[], Item]
+        """What to say of oneself every second."""
+        self._redis = redis
+        self._clock = clock
+        self._prefix = ""
+        self._outboxes: dict[str, list[Item]] = {}
+        self._waiting = 0
+        self._numbers: dict[str, int] = {}
+        self._peers: dict[str, _Peer] = {}
+        self._wake = asyncio.Event()
+        self._echoed_at = -SILENT_SECONDS
+        self._down_at: float | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+
+    @property
+    def healthy(self) -> bool:
+        """Whether this worker has lately heard itself on the bus."""
+        return self._clock.monotonic() - self._echoed_at < SILENT_SECONDS
+
+    @property
+    def peers(self) -> list[str]:
+        """The other workers, as far as they are heard."""
+        return list(self._peers)
+
+    def start(self, namespace: str) -> None:
+        """Begin to send and to hear. Workers of one namespace hear each other."""
+        self._prefix = f"dialect:{namespace}:"
+        self._echoed_at = self._clock.monotonic()  # it is given the time to come up
+        self._tasks = [
+            supervise(name, run)
+            for name, run in (("bus-read", self._read), ("bus-send", self._send), ("bus-beat", self._beat))
+        ]
+
+    async def stop(self) -> None:
+        """Say goodbye, as far as Redis is there, and end."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._tasks:
+            self._tasks = []
+            self._outboxes = {EVERYBODY: [{"kind": "bye"}]}
+            with contextlib.suppress(*BUS_ERRORS):
+                await self._flush()
+        with contextlib.suppress(*BUS_ERRORS):
+            await self._redis.aclose()
+
+    def post(self, item: Item, to: str = EVERYBODY) -> None:
+        """Tell another worker, or everybody, something. Never waits and never fails; it may be lost."""
+        if self._waiting >= OUTBOX_ITEMS_MAX:
+            self.counters.dropped += 1
+            return
+        self._waiting += 1
+        self._outboxes.setdefault(to, []).append(item)
+        self._wake.set()
+
+    # --- sending ---
+
+    async def _send(self) -> None:
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            try:
+                await self._flush()
+            except BUS_ERRORS as error:
+                self._note_down(error)
+                await asyncio.sleep(0.1)
+
+    async def _flush(self) -> None:
+        """Send what has gathered in one round trip. Raises what Redis raises; then it is lost."""
+        outboxes, self._outboxes, self._waiting = self._outboxes, {}, 0
+        if not outboxes:
+            return
+        # Everybody's last: a heartbeat says how much was sent to each before it.
+        everybody = outboxes.pop(EVERYBODY, None)
+        pipeline = self._redis.pipeline(transaction=False)
+        for to, items in outboxes.items():
+            _ = pipeline.publish(self._prefix + to, self._message(to, items))
+        if everybody:
+            _ = pipeline.publish(self._prefix + "all", self._message(EVERYBODY, everybody))
+        try:
+            async with asyncio.timeout(2 * CALL_SECONDS):
+                await pipeline.execute()
+        except BaseException:
+            self.counters.dropped += sum(map(len, outboxes.values())) + len(everybody or ())
+            raise
+        self.counters.published += len(outboxes) + bool(everybody)
+
+    def _message(self, to: str, items: Sequence[Item]) -> bytes:
+        number = self._numbers[to] = self._numbers.get(to, 0) + 1
+        return orjson.dumps({"from": self.worker_id, "to": to, "number": number, "items": items})
+
+    async def _beat(self) -> None:
+        while True:
+            sent = {to: number for to, number in self._numbers.items() if to}
+            self.post({**self.beat(), "kind": "beat", "sent": sent})
+            self._expire()
+            await asyncio.sleep(BEAT_SECONDS)
+
+    def _expire(self) -> None:
+        now = self._clock.monotonic()
+        if self.healthy:
+            if self._down_at is not None and self._down_at < self._echoed_at:
+                log.info("bus_is_up", extra={"down_seconds": round(now - self._down_at, 1)})
+                self._down_at = None
+                for peer in self._peers.values():
+                    peer.heard_at = max(peer.heard_at, now)  # nobody could be heard until now
+            patience = SILENT_SECONDS
+        else:
+            self._note_down(None)
+            patience = BLIND_SECONDS
+        for worker, peer in list(self._peers.items()):
+            if now - peer.heard_at > patience:
+                self._forget(worker)
+
+    def _note_down(self, error: BaseException | None) -> None:
+        if self._down_at is None:
+            self._down_at = self._clock.monotonic()
+            log.warning(
+                "bus_is_down",
+                extra={"error": type(error).__name__ if error else "silence", "retrying": "until it answers"},
+            )
+
+    # --- hearing ---
+
+    async def _read(self) -> None:
+        pause = 0.1
+        while True:
+            pubsub = self._redis.pubsub(ignore_subscribe_messages=True)
+            try:
+                await pubsub.subscribe(self._prefix + "all", self._prefix + self.worker_id)
+                self.counters.reconnects += 1
+                self.on_lost()  # whatever was said before
+                pause = 0.1
+                heard_at = self._clock.monotonic()
+                while self._clock.monotonic() - heard_at < SILENT_SECONDS:
+                    message = await pubsub.get_message(timeout=BEAT_SECONDS)
+                    if message is not None:
+                        heard_at = self._clock.monotonic()
+                        self._take(message["data"])
+            except BUS_ERRORS as error:
+                self._note_down(error)
+            finally:
+                with contextlib.suppress(*BUS_ERRORS):
+                    await pubsub.aclose()  # type: ignore[no-untyped-call]
+            await asyncio.sleep(pause)
+            pause = min(pause * 2, 1.0)
+
+    def _take(self, data: bytes) -> None:
+        try:
+            message = orjson.loads(data)
+            sender, to, number, items = message["from"], message["to"], message["number"], message["items"]
+            if sender == self.worker_id:
+                self._echoed_at = self._clock.monotonic()
+                return
+            self.counters.received += 1
+            self._count(cast(str, sender), cast(str, to), cast(int, number))
+            for item in items:
+                match item["kind"]:
+                    case "bye":
+                        self._forget(sender)
+                    case "beat":
+                        self._compare(sender, item["sent"].get(self.worker_id, 0))
+                        self.on_item(sender, item)
+                    case _:
+                        self.on_item(sender, item)
+        except Exception:
+            # Another version's words, or a stranger's: the database has what they were about.
+            log.exception("bus_message_not_understood")
+
+    def _count(self, sender: str, to: str, number: int) -> None:
+        peer = self._peers.get(sender)
+        if peer is None:
+            peer = self._peers[sender] = _Peer(self._clock.monotonic())
+            # What it said before was not for us to hear.
+            peer.everybody, peer.own = (number - 1, 0) if to == EVERYBODY else (0, number - 1)
+            log.info("worker_joined", extra={"worker": sender})
+            self.on_peer(sender, True)
+        peer.heard_at = self._clock.monotonic()
+        if to == EVERYBODY:
+            before, peer.everybody = peer.everybody or number - 1, number
+        else:
+            before, peer.own = peer.own, number
+        self._lost(number - 1 - before)
+
+    def _compare(self, sender: str, sent: int) -> None:
+        """The last message to this worker may be lost, too: the next heartbeat tells."""
+        peer = self._peers[sender]
+        if sent > peer.own:
+            lost, peer.own = sent - peer.own, sent
+            self._lost(lost)
+
+    def _lost(self, messages: int) -> None:
+        if messages > 0:
+            self.counters.lost += messages
+            self.on_lost()
+
+    def _forget(self, worker: str) -> None:
+        if self._peers.pop(worker, None) is not None:
+            log.info("worker_left", extra={"worker": worker})
+            self.on_peer(worker, False)

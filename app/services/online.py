@@ -1,0 +1,100 @@
+"""Who is online, on this worker and on the others.
+
+What is known of others comes over the bus and may be a moment old; without a bus there are no others. It decides where
+announcements go, whom presence is told of, and which devices need no push. Nothing that must be right rests on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Set
+from typing import Protocol
+
+from app.services.connection_manager import ConnectionManager
+
+OnlineListener = Callable[[int, bool], None]
+
+
+class OnlineHere(Protocol):
+    """What the cluster hears of this worker's own sockets."""
+
+    def __call__(self, user_id: int) -> None:
+        """Somebody's sockets here are others than before."""
+        ...
+
+
+class Online:
+    """The sockets of all workers, by user."""
+
+    def __init__(self, connections: ConnectionManager) -> None:
+        self._connections = connections
+        self._here: set[int] = set()
+        self._elsewhere: dict[str, dict[int, frozenset[int]]] = {}
+        self.listeners: list[OnlineListener] = []
+        """Called with a user, and whether they have a socket anywhere now."""
+        self.here_listeners: list[OnlineHere] = []
+        connections.listeners.append(self._on_sockets)
+
+    def is_online(self, user_id: int) -> bool:
+        """Whether the user has an open socket anywhere."""
+        return self._connections.is_online(user_id) or self.is_elsewhere(user_id)
+
+    def is_elsewhere(self, user_id: int) -> bool:
+        """Whether the user has an open socket on another worker."""
+        return any(user_id in users for users in self._elsewhere.values())
+
+    def live_sessions(self, user_id: int) -> set[int]:
+        """The user's sessions that have an open socket anywhere."""
+        sessions = self._connections.live_sessions(user_id)
+        for users in self._elsewhere.values():
+            sessions |= users.get(user_id, frozenset())
+        return sessions
+
+    def workers_with(self, *groups: Set[int]) -> list[str]:
+        """The other workers on which anybody of these is online."""
+        return [
+            worker
+            for worker, users in self._elsewhere.items()
+            if not all(users.keys().isdisjoint(group) for group in groups)
+        ]
+
+    @property
+    def here(self) -> dict[int, set[int]]:
+        """The sessions with an open socket on this worker, by user."""
+        return {user_id: self._connections.live_sessions(user_id) for user_id in self._connections.users}
+
+    # --- what changes ---
+
+    def _on_sockets(self, user_id: int) -> None:
+        online = self._connections.is_online(user_id)
+        if online != (user_id in self._here):
+            (self._here.add if online else self._here.discard)(user_id)
+            if not self.is_elsewhere(user_id):
+                self._tell(user_id, online)
+        for listener in self.here_listeners:
+            listener(user_id)
+
+    def update(self, worker: str, users: Iterable[tuple[int, frozenset[int]]]) -> None:
+        """Another worker's sockets of some users; no session means no socket."""
+        known = self._elsewhere.setdefault(worker, {})
+        for user_id, sessions in users:
+            before = self.is_online(user_id)
+            if sessions:
+                known[user_id] = sessions
+            else:
+                known.pop(user_id, None)
+            if (online := self.is_online(user_id)) != before:
+                self._tell(user_id, online)
+
+    def replace(self, worker: str, users: dict[int, frozenset[int]]) -> None:
+        """All of another worker's sockets."""
+        gone = self._elsewhere.get(worker, {}).keys() - users.keys()
+        self.update(worker, [*users.items(), *((user_id, frozenset()) for user_id in gone)])
+
+    def forget(self, worker: str) -> None:
+        """Another worker is gone, and all its sockets with it."""
+        self.replace(worker, {})
+        self._elsewhere.pop(worker, None)
+
+    def _tell(self, user_id: int, online: bool) -> None:
+        for listener in self.listeners:
+            listener(user_id, online)
