@@ -27,7 +27,7 @@ def two(cluster_settings: Settings, start_server: StartServer) -> tuple[Server, 
     return first, second
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(180)
 @pytest.mark.parametrize("how", ["killed", "frozen"])
 @pytest.mark.settings(limit_login_per_ip="1000/minute", limit_search_per_user="1000/minute")
 async def test_without_redis_messages_arrive_logins_are_refused_and_all_is_well_again_with_it(
