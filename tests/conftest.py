@@ -32,6 +32,7 @@ from app.main import create_app  # noqa: E402
 from app.services.container import Services  # noqa: E402
 from tests.support.contract import judge  # noqa: E402
 from tests.support.databases import ENGINES, MYSQL_URL, MysqlDatabase, SqliteTemplate, make_settings  # noqa: E402
+from tests.support.redis_server import RedisServer  # noqa: E402
 from tests.support.secrets import check_log  # noqa: E402
 from tests.support.servers import COMMANDS, Door, Server, environment  # noqa: E402
 
@@ -97,6 +98,14 @@ def mysql_settings(request: pytest.FixtureRequest) -> Settings:
         pytest.skip("DIALECT_TEST_MYSQL_URL is not set")
     mysql: MysqlDatabase = request.getfixturevalue("mysql_database")
     return make_settings(**{**mysql.new(), **_marked(request)})
+
+
+@pytest.fixture
+def redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    """A Redis to hurt."""
+    server = RedisServer(tmp_path_factory.mktemp("redis"))
+    yield server
+    server.kill()
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 
 import pytest
+from pydantic import SecretStr
 
 from app.core.config import Settings
 from tests.support.databases import MYSQL_URL, MysqlDatabase, make_settings
@@ -52,14 +53,6 @@ def servers(
 
 
 @pytest.fixture
-def redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
-    """A Redis to hurt."""
-    server = RedisServer(tmp_path_factory.mktemp("redis"))
-    yield server
-    server.kill()
-
-
-@pytest.fixture
 def cluster_settings(mysql_settings: Settings, redis: RedisServer) -> Settings:
     """Settings of workers of one's own."""
-    return mysql_settings.model_copy(update={"redis_url": make_settings(redis_url=redis.url).redis_url})
+    return mysql_settings.model_copy(update={"redis_url": SecretStr(redis.url)})

@@ -16,10 +16,12 @@ import hypothesis
 import pytest
 from hypothesis import HealthCheck, Phase, given
 from hypothesis import strategies as st
+from pydantic import SecretStr
 
 from app.core.config import Settings
 from tests.conftest import StartServer
 from tests.law.walk import NAMES, Step, World
+from tests.support.redis_server import RedisServer
 from tests.support.servers import Server
 
 SEEDS = int(os.environ.get("DIALECT_LAW_SEEDS", "3"))
@@ -50,7 +52,7 @@ def walk(
     examples: int,
     restart: Callable[[], Server] | None,
 ) -> Callable[[], None]:
-    """A test of so many walks over the last of the servers. The first, of steps that do nothing, counts too."""
+    """A test of so many walks over these servers. The first, of steps that do nothing, counts too."""
 
     @hypothesis.settings(
         max_examples=examples,
@@ -61,7 +63,11 @@ def walk(
     )
     @given(steps=strategy)
     def test(steps: list[Step]) -> None:
-        asyncio.run(World(servers[-1], restart).walk(steps))
+        world = World(servers, restart)
+        try:
+            asyncio.run(world.walk(steps))
+        finally:
+            servers[:] = world.servers
 
     return test
 
@@ -74,13 +80,33 @@ def test_law(settings: Settings, start_server: StartServer) -> None:
 @pytest.mark.timeout(600)  # a few seconds when all is well; the rest is for shrinking
 @pytest.mark.settings(sweep_seconds=0.5)
 def test_law_when_the_server_is_killed(settings: Settings, start_server: StartServer) -> None:
-    servers = [start_server(settings)]
+    kills = steps(30, *["kill"] * 4)
+    hypothesis.seed(2)(walk([start_server(settings)], kills, examples=3, restart=lambda: start_server(settings)))()
 
-    def restart() -> Server:
-        servers.append(start_server(settings))
-        return servers[-1]
 
-    hypothesis.seed(2)(walk(servers, steps(30, *["kill"] * 4), examples=3, restart=restart))()
+@pytest.fixture
+def worker_settings(mysql_settings: Settings, redis: RedisServer) -> Settings:
+    """Settings of several workers on one MySQL."""
+    return mysql_settings.model_copy(update={"redis_url": SecretStr(redis.url)})
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.settings(sweep_seconds=0.5)  # what is committed while its reader comes online elsewhere, the sweep brings
+def test_law_on_two_workers(worker_settings: Settings, start_server: StartServer) -> None:
+    workers = [start_server(worker_settings), start_server(worker_settings)]
+    hypothesis.seed(3)(walk(workers, steps(40), examples=3, restart=None))()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.settings(sweep_seconds=0.5)
+@pytest.mark.parametrize("seed", range(SEEDS))
+def test_law_on_two_workers_that_are_killed_at_length(
+    worker_settings: Settings, start_server: StartServer, seed: int
+) -> None:
+    workers = [start_server(worker_settings), start_server(worker_settings)]
+    strategy = steps(STEPS, *["kill"] * 2)
+    hypothesis.seed(2000 + seed)(walk(workers, strategy, examples=2, restart=lambda: start_server(worker_settings)))()
 
 
 @pytest.mark.slow

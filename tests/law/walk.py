@@ -230,7 +230,7 @@ class Device:
         if self.connected:
             return
         await self.leave(cut=4)
-        self.socket = await SocketClient.open(self.world.server.ws_url, self.account.access_token)
+        self.socket = await SocketClient.open(self.world.next_server().ws_url, self.account.access_token)
         self.world.opened.append(self.socket)
         if self.socket.seen[0]["type"] != "hello":
             raise LawBroken(f"{self} got {self.socket.seen[0]} before hello")
@@ -328,10 +328,12 @@ def client(server: Server) -> httpx.AsyncClient:
 class World:
     """People, their devices, and the steps they take."""
 
-    def __init__(self, server: Server, restart: Callable[[], Server] | None = None) -> None:
-        self.server = server
+    def __init__(self, servers: Sequence[Server], restart: Callable[[], Server] | None = None) -> None:
+        """Workers of one database; sockets and requests go to each in turn."""
+        self.servers = list(servers)
         self.restart = restart
-        self.http = client(server)
+        self.clients = [client(server) for server in servers]
+        self._turns = itertools.count()
         self.people: list[Account] = []
         self.devices: list[Device] = []
         self.witness: Device
@@ -366,7 +368,17 @@ class World:
             for socket in self.opened:
                 cut_off(socket)
                 await asyncio.gather(socket._reader, return_exceptions=True)
-            await self.http.aclose()
+            for http in self.clients:
+                await http.aclose()
+
+    def next_server(self) -> Server:
+        """Where the next socket is opened."""
+        return self.servers[next(self._turns) % len(self.servers)]
+
+    @property
+    def http(self) -> httpx.AsyncClient:
+        """What the next request goes through."""
+        return self.clients[next(self._turns) % len(self.clients)]
 
     async def _begin(self) -> None:
         for _ in range(PEOPLE):
@@ -527,20 +539,21 @@ class World:
                 raise LawBroken(f"acknowledged and not there: {sent}")
 
     async def kill(self) -> None:
-        """Kill the server in the middle of what `do_` left under way, and start another on the same database."""
+        """Kill a server in the middle of what `do_` left under way, and start another on the same database."""
         if self.restart is None:
             return
         for number in range(6):
             self._spawn_quietly(self.do_send(number, number * 7, 1))
         await asyncio.sleep(0)
         self.killing = True
-        self.server.kill()
+        killed = next(self._turns) % len(self.servers)
+        self.servers[killed].kill()
         await asyncio.gather(*self.in_flight, return_exceptions=True)
         self.killing = False
         self.failures.clear()
-        await self.http.aclose()
-        self.server = await asyncio.to_thread(self.restart)
-        self.http = client(self.server)
+        await self.clients[killed].aclose()
+        self.servers[killed] = await asyncio.to_thread(self.restart)
+        self.clients[killed] = client(self.servers[killed])
         await self.witness.leave(cut=4)
         for number, device in enumerate(self.devices):
             await device.leave(cut=number % 5)
