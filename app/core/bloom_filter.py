@@ -21,6 +21,8 @@ class UsernameFilter:
         # Grows by whole filters once `capacity` is reached, at the same rate of errors.
         self._names = ScalableBloomFilter(capacity, ERROR_RATE, ScalableBloomFilter.SMALL_SET_GROWTH)
         self.warm = False
+        self.cooled = 0
+        """How often names may have been missed."""
         self.on_taken: list[Callable[[str], None]] = []
         """Called with each name that is taken here."""
         self.hears_others: Callable[[], bool] = lambda: True
@@ -44,6 +46,7 @@ class UsernameFilter:
     def cool(self) -> None:
         """Names may have been missed: until all have been added again, none is known to be free."""
         self.warm = False
+        self.cooled += 1
 
     def finish_warming(self) -> None:
         """All names of the database have been added: from now on an unknown name is a free one."""

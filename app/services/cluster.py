@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine
-from typing import Any, Literal, TypedDict, cast
+from collections.abc import Callable
+from typing import Literal, TypedDict, cast
 
 from app.core.clock import Clock
+from app.core.tasks import supervise
 from app.db.events import AccountEvent, ChatEvent
 from app.services.bus import EVERYBODY, Bus, Item
 from app.services.chat_log.changes import Appended
@@ -149,7 +150,7 @@ class Cluster:
         self.on_username: Callable[[str], None]
         self.on_push: Callable[[int], None]
         """Called with what other workers tell: the arguments are the items' fields, in order."""
-        self.on_lost: Callable[[], Coroutine[Any, Any, None]]
+        self.on_lost: Callable[[], None]
         """Called, not too often, after the bus lost something that is not healed otherwise."""
         self.pushes: Callable[[], bool] = lambda: False
         """Whether this worker is the one that pushes."""
@@ -158,10 +159,10 @@ class Cluster:
         self._known: dict[str, int] = {}
         """The number of the last change of sockets known of each other worker; -1 when some were missed."""
         self._pusher: str | None = None
-        self._reloading: asyncio.Task[None] | None = None
-        self._lost_again = False
+        self._lost = asyncio.Event()
+        self._making_up: asyncio.Task[None] | None = None
         if bus is not None:
-            bus.on_item, bus.on_peer, bus.on_lost = self._on_item, self._on_peer, self._on_lost
+            bus.on_item, bus.on_peer, bus.on_lost = self._on_item, self._on_peer, self._lost.set
             bus.beat = self._beat
             online.here_listeners.append(self._on_here)
 
@@ -178,15 +179,16 @@ class Cluster:
     def start(self, namespace: str) -> None:
         """Join the workers that serve the same database."""
         if self.bus is not None:
+            self._making_up = supervise("bus-make-up", self._make_up)
             self.bus.start(namespace)
 
     async def stop(self) -> None:
         """Leave them."""
         if self.bus is not None:
             await self.bus.stop()
-        if self._reloading is not None:
-            self._reloading.cancel()
-            await asyncio.gather(self._reloading, return_exceptions=True)
+        if self._making_up is not None:
+            self._making_up.cancel()
+            await asyncio.gather(self._making_up, return_exceptions=True)
 
     def _post(self, item: AnyItem, to: str = EVERYBODY) -> None:
         if self.bus is not None:
@@ -334,16 +336,9 @@ class Cluster:
         elif self._pusher == worker:
             self._pusher = None
 
-    def _on_lost(self) -> None:
-        self._lost_again = True
-        if self._reloading is None or self._reloading.done():
-            self._reloading = asyncio.create_task(self._make_up(), name="bus-make-up")
-
     async def _make_up(self) -> None:
-        while self._lost_again:
-            self._lost_again = False
-            try:
-                await self.on_lost()
-            except Exception:
-                log.exception("bus_loss_not_made_up")
+        while True:
+            await self._lost.wait()
+            self._lost.clear()
+            self.on_lost()
             await asyncio.sleep(RELOAD_SECONDS)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from app.core.bloom_filter import UsernameFilter
@@ -13,7 +13,7 @@ from app.core.config import Settings
 from app.core.errors import Unavailable
 from app.core.ids import IdAllocator, Kind
 from app.core.security import PasswordHasher
-from app.core.tasks import keep_running
+from app.core.tasks import supervise
 from app.db.database import Database
 from app.db.repositories import accounts as account_repository
 from app.db.repositories import ids as id_repository
@@ -49,6 +49,8 @@ from app.services.user_service import UserService
 from app.services.user_settings_service import UserSettingsService
 
 WARMING_PAGE = 1_000
+WARMING_PAUSE_SECONDS = 60.0
+"""All usernames are read again no sooner, however often the bus loses something."""
 
 
 @dataclass
@@ -85,6 +87,9 @@ class Services:
     presence: PresenceService
     notifications: NotificationService
     telemetry: Telemetry
+    _cooled: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set while the filter of usernames may lack some."""
+    _warming: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """Take the database into use and begin work. Raises StartupError with a sentence for the operator."""
@@ -93,7 +98,8 @@ class Services:
             self.catch_up.epoch = await account_repository.epoch(session)
         self.connections.start()
         if self.cluster.bus is None:  # else once the bus is heard: a name taken before would be missed
-            self.warm_usernames()
+            self.cool_usernames()
+        self._warming = supervise("warm-usernames", self._keep_usernames_warm)
         self.files.start()
         self.sequencer.start()
         self.writer.start()
@@ -111,6 +117,9 @@ class Services:
     async def stop(self) -> None:
         """Finish what was begun and give everything back; also after a start that failed half-way."""
         await self.telemetry.stop()
+        if self._warming is not None:
+            self._warming.cancel()
+            await asyncio.gather(self._warming, return_exceptions=True)
         await self.writer.stop()
         await self.files.stop()
         await self.notifications.stop()
@@ -129,17 +138,26 @@ class Services:
             checks["redis"] = "ok" if self.cluster.reliable else "down"
         return checks
 
-    async def make_up_for_lost_hints(self) -> None:
-        """What was learned from other workers may be outdated: ask the database again. Raises Unavailable."""
+    def make_up_for_lost_hints(self) -> None:
+        """What was learned from other workers may be outdated: ask the database again."""
         self.auth.forget_sessions()
         self.rosters.clear()
-        self.usernames.cool()
-        await self._warm_usernames()
+        self.cool_usernames()
 
-    def warm_usernames(self) -> None:
-        """Fill the filter of usernames beside serving: a million take a while, and meanwhile the database is asked."""
-        warming = keep_running("warm-usernames", self._warm_usernames, until=lambda: self.usernames.warm)
-        self.connections.spawn(warming, "warm-usernames")
+    def cool_usernames(self) -> None:
+        """The filter of usernames lacks some, or may: fill it again, and ask the database meanwhile."""
+        self.usernames.cool()
+        self._cooled.set()
+
+    async def _keep_usernames_warm(self) -> None:
+        while True:
+            await self._cooled.wait()
+            cooled = self.usernames.cooled
+            await self._warm_usernames()
+            if cooled == self.usernames.cooled:  # else names were missed meanwhile
+                self.usernames.finish_warming()
+                self._cooled.clear()
+            await asyncio.sleep(WARMING_PAUSE_SECONDS)
 
     async def _warm_usernames(self) -> None:
         # In pages, each a session of its own: millions of names at once would outlast the session's deadline.
@@ -155,7 +173,6 @@ class Services:
                 break
             self.usernames.update(username for _, username in page)
             after = page[-1][0]
-        self.usernames.finish_warming()
 
 
 def build_services(settings: Settings, clock: Clock | None = None) -> Services:

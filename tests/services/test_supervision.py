@@ -16,7 +16,14 @@ import pytest
 from app.core.config import Settings
 from app.core.logging import log_formatter
 from app.core.tasks import keep_running
-from app.services import auth_service, connection_manager, file_service, notification_service, presence_service
+from app.services import (
+    auth_service,
+    connection_manager,
+    container,
+    file_service,
+    notification_service,
+    presence_service,
+)
 from app.services.chat_log.changes import Done
 from app.services.container import Services
 from tests.services.test_writer import send
@@ -34,11 +41,12 @@ ENDLESS: dict[str, Callable[[Services], tuple[Any, str]]] = {
     "sweep": lambda services: (services.sequencer, "sweep"),
     "heartbeats": lambda services: (services.connections, "_beat"),
     "collect-files": lambda services: (services.files, "collect"),
+    "push-lead": lambda services: (services.notifications._leadership, "hold"),
     "push": lambda services: (services.notifications, "_search"),
     "push-cursors": lambda services: (services.notifications, "_store"),
     "telemetry": lambda services: (services.telemetry, "_tick"),
 }
-# Those that end when their work is done, and must not end before.
+# Those that mostly have nothing to do, or end when they have done it, and must not end before.
 FINITE = {"warm-usernames", "last-seen", "sessions-seen"}
 # Tasks of one request, socket or device: what they belong to ends with them.
 OWNED = Counter(
@@ -55,6 +63,8 @@ OWNED = Counter(
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(file_service, "COLLECT_SECONDS", 0.05)
+    monkeypatch.setattr(container, "WARMING_PAUSE_SECONDS", 0.05)
+    monkeypatch.setattr(notification_service, "LEAD_SECONDS", 0.05)
     monkeypatch.setattr(notification_service, "SEARCH_SECONDS", 0.05)
     monkeypatch.setattr(notification_service, "STORE_SECONDS", 0.05)
     monkeypatch.setattr(presence_service, "LAST_SEEN_DELAY_SECONDS", 0.01)
@@ -131,14 +141,13 @@ async def test_a_task_that_must_finish_its_work_is_started_again_until_it_has(
     [ann] = await people(client, 1)
     if name == "last-seen":
         again = fail_once(monkeypatch, services.presence, "flush")
-        services.presence._on_presence(ann.id, online=False)
+        services.presence._on_here(ann.id)
     elif name == "sessions-seen":
         again = fail_once(monkeypatch, services.auth, "_store_seen")
         services.auth._saw(1, services.clock.now().replace(tzinfo=None))
     else:
-        services.usernames.warm = False
         again = fail_once(monkeypatch, services.usernames, "finish_warming")
-        services.warm_usernames()
+        services.cool_usernames()
     await asyncio.wait_for(again.wait(), PATIENCE)
     [told] = restarts_told(caplog, name)
     assert told["error"] == "ZeroDivisionError"
@@ -192,6 +201,9 @@ async def test_a_batch_that_the_failed_writer_held_is_written_by_its_successor(
 
 
 async def test_all_endless_tasks_run_supervised(services: Services) -> None:
+    async with asyncio.timeout(PATIENCE):
+        while not services.notifications.leads:  # MySQL is asked whether this is the process that pushes
+            await asyncio.sleep(0.001)
     running = {
         task.get_name()
         for task in asyncio.all_tasks()
