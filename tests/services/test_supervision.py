@@ -203,7 +203,7 @@ async def test_a_batch_that_the_failed_writer_held_is_written_by_its_successor(
 async def test_all_endless_tasks_run_supervised(services: Services) -> None:
     async with asyncio.timeout(PATIENCE):
         while not services.notifications.leads:  # MySQL is asked whether this is the process that pushes
-            await asyncio.sleep(0.001)
+            await services.database.ping()
     running = {
         task.get_name()
         for task in asyncio.all_tasks()
