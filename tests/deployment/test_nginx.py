@@ -19,14 +19,17 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from pydantic import SecretStr
 from websockets.asyncio.client import connect
 from websockets.exceptions import InvalidStatus
 
 from app.api.middleware import MULTIPART_BYTES
 from app.core.config import Settings
+from tests.conftest import StartServer
 from tests.support.accounts import register
 from tests.support.databases import SqliteTemplate, make_settings
 from tests.support.people import Person, people
+from tests.support.redis_server import RedisServer
 from tests.support.servers import PATIENCE, ROOT, Server, free_port
 from tests.support.socket_client import SocketClient
 from tests.support.tools import require_tools
@@ -57,7 +60,7 @@ http {{
 class Nginx:
     """nginx with our file, filled in as the head of the file says."""
 
-    def __init__(self, folder: Path, upstream: str) -> None:
+    def __init__(self, folder: Path, upstream: str, *more: str) -> None:
         self.folder = folder
         self.port, self.plain_port = free_port(), free_port()
         (folder / "spool").mkdir(parents=True)
@@ -81,7 +84,10 @@ class Nginx:
             ["sh", "-c", command], env={"PATH": path, **values}, input=template, capture_output=True, text=True
         )
         assert filled.returncode == 0, filled.stderr
-        (folder / "dialect.conf").write_text(filled.stdout)
+        one = f"    server {upstream};\n"
+        assert filled.stdout.count(one) == 1
+        servers = "".join(f"    server {address};\n" for address in (upstream, *more))
+        (folder / "dialect.conf").write_text(filled.stdout.replace(one, servers))
         # The folders of pytest are closed to whom nginx would otherwise become.
         user = "user root;" if os.geteuid() == 0 else ""
         (folder / "nginx.conf").write_text(MAIN.format(folder=folder, user=user))
@@ -371,3 +377,41 @@ async def test_no_log_of_the_proxy_shows_a_token(nginx: Nginx, server: Server) -
     assert "connect() failed" in logs, "it has an error log"
     assert token not in logs
     assert token.split(".")[1] not in logs
+
+
+# --- several servers --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.timeout(180)
+async def test_two_servers_behind_the_proxy_are_one_and_one_may_stop(
+    mysql_settings: Settings, redis: RedisServer, start_server: StartServer, tmp_path: Path
+) -> None:
+    settings = mysql_settings.model_copy(update={"redis_url": SecretStr(redis.url)})
+    first, second = start_server(settings), start_server(settings)
+    for server in (first, second):
+        server.wait_for_log("worker_joined")
+    nginx = Nginx(tmp_path / "nginx", *(server.url.removeprefix("http://") for server in (first, second)))
+    try:
+        await nginx.listens()
+        async with nginx.client() as client:
+            ann, bo = await people(client, 2)
+            chat_id = await ann.personal(bo)
+            tokens = [ann.account.access_token, ann.account.access_token, bo.account.access_token]
+            sockets = [await SocketClient.open(nginx.ws_url, token, ssl=nginx.trust) for token in tokens]
+            await sockets[0].say(chat_id, "to whoever is where")
+            for socket in sockets:
+                await socket.wait(type="new_message")
+            waits = [asyncio.create_task(socket.wait_closed()) for socket in sockets]
+            await asyncio.to_thread(first.stop)
+            # nginx takes the servers in turn: each has one or two.
+            closed, open_ones = await asyncio.wait(waits, timeout=PATIENCE, return_when=asyncio.FIRST_COMPLETED)
+            assert {wait.result() for wait in closed} == {1012}
+            assert open_ones
+            for _ in range(4):
+                await ann.say(chat_id, "and on")
+            for wait in open_ones:
+                wait.cancel()
+            for socket in sockets:
+                await socket.close()
+    finally:
+        nginx.stop()
