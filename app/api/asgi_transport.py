@@ -28,11 +28,16 @@ RAW_EXTENSION = "dialect.socket"
 
 
 class _RawConnection(Protocol):
-    def attach(self, make_receiver: Callable[[Transport], Receiver], max_frame_bytes: int) -> None: ...
+    def attach(
+        self, make_receiver: Callable[[Transport], Receiver], max_frame_bytes: int, max_small_frames: int
+    ) -> None: ...
 
 
 async def serve_socket(
-    websocket: WebSocket, make_receiver: Callable[[Transport], Receiver], max_frame_bytes: int
+    websocket: WebSocket,
+    make_receiver: Callable[[Transport], Receiver],
+    max_frame_bytes: int,
+    max_small_frames: int = 0,
 ) -> None:
     """Accept a WebSocket and connect it with a receiver. Must be the last thing that a route does.
 
@@ -40,12 +45,13 @@ async def serve_socket(
     the connection does. So what is to be done at the end belongs into `on_closed`, on both.
 
     `make_receiver` may send at once. If it fails, the socket closes with 1011 and the error is raised here. A longer
-    message than `max_frame_bytes` closes with 1009.
+    message than `max_frame_bytes` closes with 1009. More than `max_small_frames` pings, pongs and fragments within a
+    second close with 4429, where they are seen, that is on a raw connection; 0 sets no limit.
     """
     await websocket.accept()
     raw: _RawConnection | None = websocket.scope.get("extensions", {}).get(RAW_EXTENSION)
     if raw is not None:
-        raw.attach(make_receiver, max_frame_bytes)
+        raw.attach(make_receiver, max_frame_bytes, max_small_frames)
     else:
         await AsgiSocket(websocket, max_frame_bytes).run(make_receiver)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import multiprocessing
 import os
@@ -11,6 +12,7 @@ import threading
 import uvicorn
 from starlette.applications import Starlette
 
+from app.api.http_protocol import DialectHttpProtocol
 from app.api.websocket_protocol import DialectWebSocketProtocol
 from app.core.config import Settings
 
@@ -44,7 +46,7 @@ def server_config(app: Starlette | str, settings: Settings, host: str, port: int
         port=port,
         workers=workers,
         loop="auto",  # uvloop where it is installed
-        http="httptools",
+        http=functools.partial(DialectHttpProtocol, head_seconds=settings.request_head_seconds),  # type: ignore[arg-type]
         ws=DialectWebSocketProtocol,
         ws_max_size=settings.socket_max_frame_bytes,
         ws_per_message_deflate=False,  # memory per socket, and bombs, for messages too short to shrink

@@ -60,6 +60,8 @@ ReceiverT = TypeVar("ReceiverT", bound=Receiver)
 
 SCOPE_EXTENSION: Final = "dialect.socket"
 
+FLOODING: Final = 4429
+"""The close code for a client that sends too many frames."""
 MESSAGES_PER_TURN = 64
 """After so many messages of one client the others get their turn."""
 
@@ -104,6 +106,7 @@ class RawSocket(asyncio.Protocol):
         "_looked",
         "_loop",
         "_max_bytes",
+        "_max_small",
         "_more",
         "_need",
         "_partial",
@@ -113,6 +116,8 @@ class RawSocket(asyncio.Protocol):
         "_ping_timeout",
         "_pong",
         "_receiver",
+        "_small",
+        "_small_since",
         "_stopping",
         "_tail",
         "_timer",
@@ -127,11 +132,13 @@ class RawSocket(asyncio.Protocol):
         connections: set[Any],
         config: Config,
         max_frame_bytes: int,
+        max_small_frames: int = 0,
     ) -> None:
         self._transport = transport
         self._loop = loop
         self._connections = connections
         self._max_bytes = max_frame_bytes
+        self._max_small = max_small_frames
         self._receiver: Receiver | None = None
 
         self._closing = False  # a close frame went out, or nothing can go out any more
@@ -152,6 +159,10 @@ class RawSocket(asyncio.Protocol):
         # How much of an unfinished frame is known to be UTF-8 so far, and what it tears apart in its turn.
         self._looked = 0
         self._ahead = b""
+
+        # Frames that are no whole message, and since when they are counted.
+        self._small = 0
+        self._small_since = loop.time()
 
         # Writing: while bytes are parsed, answers gather here and go out in one write.
         self._corked: list[bytes] | None = None
@@ -366,6 +377,9 @@ class RawSocket(asyncio.Protocol):
 
     def _frame(self, head: int, payload: bytes) -> None:
         """Anything but a whole text message."""
+        self._small += 1
+        if self._small > self._max_small and self._is_flood():
+            return
         opcode = head & 0x0F
         if opcode == _PING:
             if not self._closing:
@@ -397,6 +411,16 @@ class RawSocket(asyncio.Protocol):
                     self._deliver(message)
                 else:
                     self._binary(message)
+
+    def _is_flood(self) -> bool:
+        """Whether so many small frames came within a second: they cost as much as messages and count as none."""
+        now = self._loop.time()
+        if self._max_small and now - self._small_since < 1.0:
+            log.info("flood_closed", extra={"small_frames": self._small})
+            self._fail(FLOODING, "too many small frames")
+            return True
+        self._small, self._small_since = 1, now
+        return False
 
     def _text(self, payload: bytes) -> None:
         if not payload.isascii():
@@ -628,7 +652,9 @@ class DialectWebSocketProtocol(WebSocketsSansIOProtocol):
             self.transport.write(answer or self.conn.reject(HTTPStatus.BAD_REQUEST, "").serialize())
             self.transport.close()
 
-    def attach(self, make_receiver: Callable[[Transport], Receiver], max_frame_bytes: int) -> None:
+    def attach(
+        self, make_receiver: Callable[[Transport], Receiver], max_frame_bytes: int, max_small_frames: int = 0
+    ) -> None:
         """Take the connection over from ASGI, which must have accepted it and done nothing else with it.
 
         The route returns after this; it is no longer told anything. If `make_receiver` fails, the socket closes
@@ -638,18 +664,20 @@ class DialectWebSocketProtocol(WebSocketsSansIOProtocol):
             raise RuntimeError("attach comes right after accept")
         self._attached = True
         self._keep_open()
-        self._take_over(make_receiver, max_frame_bytes)
+        self._take_over(make_receiver, max_frame_bytes, max_small_frames)
 
     def _keep_open(self) -> None:
         # uvicorn ends the connection when the route returns, unless its own closing handshake is under way.
         self.close_timer = self.loop.call_later(0, int)
 
-    def _take_over(self, make_receiver: Callable[[Transport], ReceiverT], max_frame_bytes: int) -> ReceiverT:
+    def _take_over(
+        self, make_receiver: Callable[[Transport], ReceiverT], max_frame_bytes: int, max_small_frames: int = 0
+    ) -> ReceiverT:
         self.stop_keepalive()
         held, self._held = bytes(self._held), bytearray()
         lost, shut = self.disconnected, self.transport.is_closing()
         self.scope["extensions"].pop(SCOPE_EXTENSION, None)
-        raw = RawSocket(self.transport, self.loop, self.connections, self.config, max_frame_bytes)
+        raw = RawSocket(self.transport, self.loop, self.connections, self.config, max_frame_bytes, max_small_frames)
         if lost:
             self.loop.call_soon(raw.connection_lost, None)
         else:

@@ -156,6 +156,9 @@ class Settings(BaseSettings):
 
     # Sockets
     socket_max_frame_bytes: int = Field(64 * 1024, ge=1024, description="Largest frame from a client.")
+    request_head_seconds: float = Field(
+        10, gt=0, description="A connection that has not sent the head of its request, or its handshake, is closed."
+    )
     socket_max_unsent_bytes: int = Field(1024 * 1024, ge=64 * 1024, description="A slower reader is closed (4408).")
     socket_heartbeat_seconds: float = Field(25, gt=0, description="Between heartbeats to a client.")
     socket_timeout_seconds: float = Field(20, gt=0, description="A peer that leaves a ping unanswered is dead.")
@@ -181,6 +184,9 @@ class Settings(BaseSettings):
     limit_requests_per_user: str = Field("50/second", description="REST requests of one account.")
     limit_frames_per_second: float = Field(50, ge=0, description="Frames a second from one socket.")
     limit_frames_burst: int = Field(200, ge=1, description="Frames a socket may send at once.")
+    limit_small_frames_per_second: int = Field(
+        1000, ge=0, description="Pings, pongs and fragments a second from one socket; beyond, it is closed (4429)."
+    )
     limit_messages_per_second: float = Field(20, ge=0, description="Messages a second from one account.")
     limit_messages_burst: int = Field(100, ge=1, description="Messages an account may send at once.")
 

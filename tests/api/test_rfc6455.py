@@ -478,6 +478,7 @@ BAD_HANDSHAKES: dict[str, tuple[dict[str, str | None], int]] = {
     "two versions": ({"more": "Sec-WebSocket-Version: 13\r\n"}, 426),
     "POST": ({"line": "POST /echo HTTP/1.1"}, 405),
     "a body": ({"more": "Content-Length: 5\r\n\r\nhello"}, 400),
+    "a body in chunks": ({"more": "Transfer-Encoding: chunked\r\n"}, 400),
     "a list of protocols that is none": ({"Sec_WebSocket_Protocol": ",;"}, 400),
     "a header that is too long": ({"X_Long": "y" * 20_000}, 400),
     "too many headers": ({"more": "".join(f"X{number}: y\r\n" for number in range(200))}, 400),

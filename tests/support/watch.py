@@ -120,6 +120,8 @@ class Watch:
     def __init__(self, sender: SocketClient, receiver: SocketClient, chat_id: int) -> None:
         self.sender, self.receiver, self.chat_id = sender, receiver, chat_id
         self.seconds: list[float] = []
+        self._wanted = 0
+        self._enough = asyncio.Event()
 
     async def say(self) -> None:
         """One message there."""
@@ -128,6 +130,8 @@ class Watch:
         assert (await self.sender.say(self.chat_id, text))["type"] == "ack"
         await self.receiver.wait(lambda event: event["message"]["content"] == text, type="new_message")
         self.seconds.append(time.monotonic() - began)
+        if len(self.seconds) >= self._wanted:
+            self._enough.set()
         await self.sender.wait(type="new_message")
 
     async def go_on(self) -> None:
@@ -135,6 +139,13 @@ class Watch:
         while True:
             await self.say()
             await asyncio.sleep(0.005)
+
+    async def enough(self, count: int) -> None:
+        """Return once so many messages have come, in the task that sends them."""
+        self._wanted = count
+        self._enough.clear()
+        async with asyncio.timeout(30):
+            await self._enough.wait()
 
     @property
     def p99(self) -> float:

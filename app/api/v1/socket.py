@@ -93,6 +93,7 @@ async def socket(
         websocket,
         lambda transport: SocketReceiver(services, caller, transport),
         services.settings.socket_max_frame_bytes,
+        services.settings.limit_small_frames_per_second,
     )
 
 

@@ -1,0 +1,212 @@
+"""Clients that cost and say nothing: floods of small frames, and connections that never ask. Others notice nothing.
+
+`DIALECT_FLOOD_CONNECTIONS` and `DIALECT_FLOOD_SECONDS` make the second kind as long as security reviews want it
+(5000 connections for 60 seconds).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import resource
+import socket
+import sys
+import time
+
+import pytest
+
+from app.core.config import Settings
+from tests.conftest import StartServer
+from tests.support.people import Person, people
+from tests.support.servers import Server
+from tests.support.watch import MB, memory, watched
+from tests.support.wire import CLOSE, PING, PONG, TEXT, Client, frame
+
+CONNECTIONS = int(os.environ.get("DIALECT_FLOOD_CONNECTIONS", "200"))
+SECONDS = float(os.environ.get("DIALECT_FLOOD_SECONDS", "3"))
+PATH = "/api/v1/messages/ws"
+LIMIT = 1000
+
+FLOODS = {
+    "pings": (b"", frame(PING)),
+    "long pings": (b"", frame(PING, b"p" * 125)),
+    "pongs": (b"", frame(PONG)),
+    "empty fragments": (frame(TEXT, b"", fin=False), frame(0, b"", fin=False)),
+    "fragments of one byte": (frame(TEXT, b'{"', fin=False), frame(0, b"x", fin=False)),
+    "messages in two fragments": (b"", frame(TEXT, b"[", fin=False) + frame(0, b"]")),
+}
+
+
+def processor_seconds(pid: int) -> float:
+    """What a process has used."""
+    with open(f"/proc/{pid}/stat", encoding="ascii") as file:
+        fields = file.read().rpartition(") ")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def port_of(server: Server) -> int:
+    return int(server.url.rpartition(":")[2])
+
+
+def open_raw(server: Server, person: Person) -> Client:
+    """A socket of theirs, after its hello."""
+    client = Client(port_of(server), PATH, f"Authorization: Bearer {person.account.access_token}\r\n")
+    assert client.frame()[0] == TEXT
+    return client
+
+
+def pour(client: Client, begin: bytes, small: bytes) -> int | None:
+    """Send up to a million small frames; the code that the server closed with before."""
+    with contextlib.suppress(ConnectionError):
+        client.socket.sendall(begin)
+        for _ in range(1000):
+            client.socket.sendall(small * 1000)
+            client.socket.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                if b"\x88" in client.socket.recv(1, socket.MSG_PEEK):
+                    break
+            client.socket.setblocking(True)
+            client.socket.settimeout(10)
+    client.socket.settimeout(10)
+    with contextlib.suppress(EOFError, ConnectionError):
+        while True:
+            opcode, payload = client.frame()
+            if opcode == CLOSE:
+                return int.from_bytes(payload[:2])
+    return None
+
+
+@pytest.mark.settings(limit_small_frames_per_second=LIMIT)
+async def test_a_flood_of_small_frames_is_closed_and_costs_little(server: Server) -> None:
+    async with server.client() as client:
+        ann, bo, cy = await people(client, 3)
+        async with watched(server, bo, cy) as watch:
+            talk = asyncio.create_task(watch.go_on())
+            for name, (begin, small) in FLOODS.items():
+                used = processor_seconds(server.pid)
+                with await asyncio.to_thread(open_raw, server, ann) as flooder:
+                    code = await asyncio.to_thread(pour, flooder, begin, small)
+                assert code == 4429, name
+                assert processor_seconds(server.pid) - used < 1, name
+            await watch.enough(150)
+            talk.cancel()
+            await asyncio.gather(talk, return_exceptions=True)
+            watch.check(least=150)
+
+
+@pytest.mark.settings(limit_small_frames_per_second=LIMIT)
+async def test_what_stays_within_the_limit_goes_through(server: Server) -> None:
+    async with server.client() as client:
+        [ann] = await people(client, 1)
+        with await asyncio.to_thread(open_raw, server, ann) as socket:
+
+            def talk() -> None:
+                pieces = [frame(0, b" ", fin=False)] * (LIMIT - 200)
+                socket.send([frame(TEXT, b'{"type": "ping",', fin=False), *pieces, frame(0, b'"ref": "r"}')])
+                assert socket.frame() == (TEXT, b'{"type":"pong","ref":"r"}')
+                socket.send([frame(PING, b"%d" % number) for number in range(150)])
+                assert [socket.frame() for _ in range(150)] == [(PONG, b"%d" % number) for number in range(150)]
+
+            await asyncio.to_thread(talk)
+
+
+# --- connections that never ask ---------------------------------------------------------------------------------
+
+HALF = f"GET {PATH} HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n".encode()
+BEGINNINGS = {
+    "nothing": b"",
+    "half a line": b"GET /health",
+    "half a handshake": HALF,
+}
+
+
+@pytest.mark.settings(request_head_seconds=1.0)
+@pytest.mark.parametrize("beginning", BEGINNINGS)
+def test_who_does_not_ask_in_time_is_hung_up_on(server: Server, beginning: str) -> None:
+    with socket.create_connection(("127.0.0.1", port_of(server)), 10) as connection:
+        connection.sendall(BEGINNINGS[beginning])
+        begun = time.monotonic()
+        assert connection.recv(100) == b""
+        assert 0.5 < time.monotonic() - begun < 8
+
+
+@pytest.mark.settings(request_head_seconds=1.0)
+def test_who_asks_a_byte_at_a_time_is_hung_up_on(server: Server) -> None:
+    with socket.create_connection(("127.0.0.1", port_of(server)), 0.1) as connection:
+        end = time.monotonic() + 8
+        gone = False
+        while not gone and time.monotonic() < end:
+            try:
+                connection.sendall(b"G")
+                gone = not connection.recv(1)
+            except TimeoutError:
+                continue
+            except ConnectionError:
+                gone = True
+        assert gone
+
+
+@pytest.mark.settings(request_head_seconds=1.0)
+def test_the_second_request_of_a_connection_has_its_time_too(server: Server) -> None:
+    request = b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", port_of(server)), 10) as connection:
+        connection.sendall(request)
+        answer = connection.recv(65536)
+        assert answer.startswith(b"HTTP/1.1 200 ")
+        while b"\r\n\r\n" not in answer or not answer.endswith(b"}"):
+            answer += connection.recv(65536)
+        begun = time.monotonic()
+        connection.sendall(request[:20])
+        assert connection.recv(100) == b""
+        assert time.monotonic() - begun < 4, "that is not the keep-alive's own timeout"
+
+
+def test_a_handshake_by_http_1_0_is_refused(server: Server) -> None:
+    with socket.create_connection(("127.0.0.1", port_of(server)), 10) as connection:
+        connection.sendall(HALF.replace(b"1.1", b"1.0") + b"\r\n")
+        assert connection.recv(65536).startswith(b"HTTP/1.1 400 ")
+
+
+@pytest.mark.timeout(120 + 3 * SECONDS)
+async def test_thousands_of_silent_connections_harm_nobody(
+    settings: Settings, start_server: StartServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    head_seconds = min(10.0, SECONDS / 2)
+    server = start_server(settings.model_copy(update={"request_head_seconds": head_seconds}))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, max(soft, CONNECTIONS + 500)), hard))
+    async with server.client() as client:
+        ann, bo = await people(client, 2)
+        async with watched(server, ann, bo) as watch:
+            before = memory(server.pid, "VmRSS")
+            talk = asyncio.create_task(watch.go_on())
+            end = time.monotonic() + SECONDS
+            hung_up = 0
+
+            async def be_silent(number: int) -> None:
+                """Hold a connection all the time: open another whenever the server has closed one."""
+                nonlocal hung_up
+                while time.monotonic() < end:
+                    reader, writer = await asyncio.open_connection("127.0.0.1", port_of(server))
+                    try:
+                        writer.write(list(BEGINNINGS.values())[number % len(BEGINNINGS)])
+                        assert await reader.read(1) == b""
+                        hung_up += 1
+                    finally:
+                        writer.close()
+
+            async with asyncio.timeout(60 + 2 * SECONDS):
+                await asyncio.gather(*map(be_silent, range(CONNECTIONS)))
+            grown = memory(server.pid, "VmRSS") - before
+            await watch.enough(150)
+            talk.cancel()
+            await asyncio.gather(talk, return_exceptions=True)
+            watch.check(least=150)
+    with capsys.disabled():
+        sys.stdout.write(
+            f"\n{CONNECTIONS} silent connections for {SECONDS:.0f} s: {hung_up} hung up on; p99 of others "
+            f"{watch.p99 * 1000:.0f} ms of {len(watch.seconds)}; memory {grown / MB:+.1f} MB\n"
+        )
+    assert hung_up >= CONNECTIONS
+    assert grown < 8 * MB + CONNECTIONS * 20_000
