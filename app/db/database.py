@@ -36,6 +36,7 @@ from app.core import metrics
 from app.core.config import Settings, get_settings
 from app.core.errors import StartupError, Unavailable
 from app.db.errors import DATABASE_ERRORS, describe, is_transient, unavailable
+from app.db.errors import describe, is_lock_conflict, is_transient, unavailable
 from app.db.log_connection import SQLITE_PRAGMAS, LogConnection, MySQLLogConnection, SQLiteLogConnection
 
 log = logging.getLogger(__name__)
@@ -135,6 +136,8 @@ class Database:
         self.settings = settings
         self.is_mysql = settings.uses_mysql
         self._lock_file: Any = None
+        self.writes_work = True
+        """False since a write that the database refused for its own reasons: a full disk, reads only, no answer."""
         self._sqlite_write = asyncio.Lock()
         """SQLite allows one writer: here they queue in order, at the file they would have to try again and again."""
         self._mysql_log: MySQLLogConnection | None = None
@@ -243,15 +246,26 @@ class Database:
         Raises what the driver raises, and TimeoutError when the database does not answer in time; whether it
         committed is then unknown.
         """
-        async with deadline(self.settings.db_timeout_seconds):
-            if self.is_mysql:
-                mysql = await self._take_mysql_log()
-                async with self._committing(mysql):
-                    yield mysql
-                self._mysql_log = mysql
-            else:
-                async with self._sqlite_write, self._committing(self._sqlite_log):
-                    yield self._sqlite_log
+        try:
+            async with deadline(self.settings.db_timeout_seconds):
+                if self.is_mysql:
+                    mysql = await self._take_mysql_log()
+                    async with self._committing(mysql):
+                        yield mysql
+                    self._mysql_log = mysql
+                else:
+                    async with self._sqlite_write, self._committing(self._sqlite_log):
+                        yield self._sqlite_log
+        except Exception as error:
+            if is_transient(error):
+                self._note_failed_write(error)
+            raise
+        self.writes_work = True
+
+    def _note_failed_write(self, error: Exception) -> None:
+        # Neither a lock nor a queue for connections says anything about the next write.
+        if not is_lock_conflict(error) and not isinstance(error, (Unavailable, PoolTimeoutError)):
+            self.writes_work = False
 
     @contextlib.asynccontextmanager
     async def _committing(self, connection: LogConnection) -> AsyncIterator[None]:
@@ -301,6 +315,8 @@ class Database:
             if isinstance(error, TimeoutError):
                 self.bulk_reads.fell_silent()
             metrics.database_unavailable.inc()
+            if engine is self.write_engine:
+                self._note_failed_write(error)
             log.warning("database_unavailable", extra={"error": describe(error)})
             raise unavailable(error) from error
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import Literal
 
 from app.core.bloom_filter import UsernameFilter
 from app.core.clock import Clock, SystemClock
@@ -34,13 +33,14 @@ from app.services.cluster import AnnounceItem, Cluster
 from app.services.connection_manager import ConnectionManager
 from app.services.draft_service import DraftService
 from app.services.file_service import FileService
+from app.services.health_service import HealthService, State
 from app.services.image_service import ImageService
 from app.services.message_service import MessageService
 from app.services.notification_service import NotificationService
 from app.services.online import Online
 from app.services.presence_service import PresenceService
 from app.services.rate_limiter import RateLimiter
-from app.services.storage import open_storage
+from app.services.storage import Storage, open_storage
 from app.services.telemetry import Telemetry
 from app.services.ticket_store import MemoryTickets, RedisTickets
 from app.services.typing_service import TypingService
@@ -87,6 +87,7 @@ class Services:
     presence: PresenceService
     notifications: NotificationService
     telemetry: Telemetry
+    health: HealthService
     _cooled: asyncio.Event = field(default_factory=asyncio.Event)
     """Set while the filter of usernames may lack some."""
     _warming: asyncio.Task[None] | None = None
@@ -130,13 +131,6 @@ class Services:
         await self.cluster.stop()
         self.hasher.close()
         await self.database.close()
-
-    async def check(self) -> dict[str, Literal["ok", "down"]]:
-        """The state of everything that serving a request needs."""
-        checks: dict[str, Literal["ok", "down"]] = {"database": "ok" if await self.database.ping() else "down"}
-        if self.cluster.bus is not None:
-            checks["redis"] = "ok" if self.cluster.reliable else "down"
-        return checks
 
     def make_up_for_lost_hints(self) -> None:
         """What was learned from other workers may be outdated: ask the database again."""
@@ -221,6 +215,8 @@ def build_services(settings: Settings, clock: Clock | None = None) -> Services:
         storage=storage,
         images=images,
     )
+    health = HealthService(patience_seconds=settings.db_timeout_seconds + 0.5)
+    _add_checks(health, database, storage, notifications, cluster)
     services = Services(
         settings=settings,
         clock=clock,
@@ -273,6 +269,7 @@ def build_services(settings: Settings, clock: Clock | None = None) -> Services:
         telemetry=Telemetry(
             database=database, connections=connections, writer=writer, hasher=hasher, notifications=notifications
         ),
+        health=health,
     )
     services.auth.on_session_ended += [connections.close_session, cluster.end_session]
     services.blocks.on_blocked += [presence.separate, cluster.separate]
@@ -317,6 +314,48 @@ def _listen(services: Services) -> None:
     cluster.on_push = services.notifications.look_at
     cluster.on_lost = services.make_up_for_lost_hints
     cluster.pushes = lambda: services.notifications.leads
+
+
+def _add_checks(
+    health: HealthService,
+    database: Database,
+    storage: Storage,
+    notifications: NotificationService,
+    cluster: Cluster,
+) -> None:
+    async def reads() -> State:
+        return "ok" if await database.ping() else "down"
+
+    async def writes() -> State:
+        if database.writes_work:
+            return "ok"
+        # Asked only after a failure, and by a write that leaves a trace: a disk that is full takes all others.
+        try:
+            async with database.writing() as session:
+                await id_repository.lease_ids(session, "message", 1)
+        except Unavailable as error:
+            return "ok" if error.code == "busy" else "down"
+        database.writes_work = True
+        return "ok"
+
+    async def files() -> State:
+        return "ok" if await storage.works() else "down"
+
+    async def bus() -> State:
+        if cluster.bus is None:
+            return "off"
+        return "ok" if cluster.reliable else "down"
+
+    async def push() -> State:
+        if not notifications.enabled:
+            return "off"
+        return "ok" if notifications.firebase_answers else "down"
+
+    health.add("database", reads, needed=True)
+    health.add("database_writes", writes, needed=True)
+    health.add("storage", files, needed=False)
+    health.add("push", push, needed=False)
+    health.add("redis", bus, needed=False)  # only hints go that way
 
 
 def _lease(database: Database) -> Callable[[Kind, int], Awaitable[int]]:

@@ -29,6 +29,7 @@ from app.core.errors import (
     BadInput,
     DialectError,
     Forbidden,
+    StartupError,
     TooManyRequests,
     Unavailable,
     file_not_found,
@@ -334,8 +335,8 @@ class FileService:
                 await asyncio.to_thread(
                     clear_incoming, self._settings.upload_path, older_than_seconds=ABANDONED_SECONDS
                 )
-            except DialectError as error:
-                log.warning("collecting_files_failed", extra={"error": error.code})
+            except (DialectError, StartupError) as error:  # the database or the disk: neither is for ever
+                log.warning("collecting_files_failed", extra={"error": str(error)})
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._stopping.wait(), COLLECT_SECONDS)
 

@@ -126,6 +126,8 @@ class NotificationService:
         """Chats whose pause is not over."""
         self._chats: dict[int, _Chat] = {}
         self._jobs = 0
+        self.firebase_answers = True
+        """Whether Firebase took or refused the last push, rather than being out of order or out of reach."""
         self._behind = True
         """Whether hints may have been lost, so that the next search must reach far back."""
         self._wake = asyncio.Event()
@@ -431,6 +433,7 @@ class NotificationService:
         with metrics.push_seconds.time():
             outcome = await self._firebase.send(Push(device.kind, device.token, f"chat-{chat.id}", data))
         metrics.push_outcomes.labels(outcome.kind).inc()
+        self.firebase_answers = outcome.kind != "retry"
         where = {"chat_id": chat.id, "session_id": job.session_id, "reason": outcome.reason}
         match outcome.kind:
             case "sent":

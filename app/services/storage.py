@@ -22,6 +22,9 @@ CHUNK = 256 * 1024
 INCOMING = "incoming"
 """Folder of files on their way in; nobody can ask for them, and a start empties it."""
 
+PROBE_BYTES = 4096
+PROBE_KEY = "health-check"
+
 
 class Storage(Protocol):
     """Keeps files by key. What `put` has returned for survives a power cut."""
@@ -37,6 +40,9 @@ class Storage(Protocol):
 
     async def delete(self, key: str) -> None:
         """Forget a file. What is not there is no error. Raises Unavailable."""
+
+    async def works(self) -> bool:
+        """Whether files can be stored now."""
 
 
 def new_key() -> str:
@@ -55,6 +61,21 @@ class LocalStorage:
 
     def __init__(self, root: Path) -> None:
         self._root = root
+
+    async def works(self) -> bool:
+        return await asyncio.to_thread(self._works)
+
+    def _works(self) -> bool:
+        # Where uploads come in, on the same disk: what a kill leaves there is cleared away.
+        path = self._root / INCOMING / f"check-{secrets.token_hex(8)}"
+        try:
+            try:
+                path.write_bytes(bytes(PROBE_BYTES))
+            finally:
+                path.unlink(missing_ok=True)
+        except OSError:
+            return False
+        return True
 
     async def put(self, key: str, source: Path) -> None:
         try:
@@ -105,6 +126,7 @@ class S3Storage:
     """A bucket of an S3-compatible store."""
 
     def __init__(self, settings: Settings) -> None:
+        self._took_the_last = True
         self._store = S3Store(
             settings.s3_bucket,
             endpoint=settings.s3_endpoint_url or None,
@@ -115,11 +137,23 @@ class S3Storage:
             client_options={"allow_http": settings.s3_endpoint_url.startswith("http://"), "timeout": "30s"},
         )
 
+    async def works(self) -> bool:
+        # Each request to a bucket costs money: asked only after a failure.
+        if not self._took_the_last:
+            try:
+                await self._store.put_async(PROBE_KEY, b"")
+            except (S3Error, OSError):
+                return False
+            self._took_the_last = True
+        return True
+
     async def put(self, key: str, source: Path) -> None:
         try:
             await self._store.put_async(key, source)
         except (S3Error, OSError) as error:
+            self._took_the_last = False
             raise storage_full() from error
+        self._took_the_last = True
 
     async def read(self, key: str, start: int, end: int) -> AsyncIterator[bytes]:
         position = start

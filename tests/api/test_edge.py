@@ -562,27 +562,7 @@ async def test_no_other_origin_is_welcome(settings: Settings, origin: str, allow
     assert asked.status_code >= 400
 
 
-# --- health and the whole ---------------------------------------------------------------------------------------
-
-
-async def test_a_healthy_server_is_alive_and_ready(client: httpx.AsyncClient) -> None:
-    assert (await client.get("/health/live")).json() == {"status": "ok"}
-    ready = await client.get("/health/ready")
-    assert (ready.status_code, ready.json()) == (200, {"status": "ok", "checks": {"database": "ok"}})
-
-
-async def test_without_its_database_it_lives_and_is_not_ready(
-    client: httpx.AsyncClient, services: Services, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async def no_answer() -> bool:
-        return False
-
-    monkeypatch.setattr(services.database, "ping", no_answer)
-    response = await client.get("/health/ready")
-    problem = assert_problem(response, 503, "not_ready")
-    assert problem["checks"] == {"database": "down"}
-    assert response.headers["retry-after"] == "2"
-    assert (await client.get("/health/live")).status_code == 200
+# --- the whole ---------------------------------------------------------------------------------------
 
 
 PUBLIC = {

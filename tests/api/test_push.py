@@ -76,6 +76,17 @@ async def with_device(person: Person, kind: str = "token") -> str:
     return token
 
 
+async def wait_for_health(client: httpx.AsyncClient, **states: str) -> None:
+    """Return once the server says so of what it stands on."""
+    async with asyncio.timeout(PATIENCE):
+        while True:
+            ready = await client.get("/health/ready")
+            assert ready.status_code == 200
+            if states.items() <= ready.json()["checks"].items():
+                return
+            await asyncio.sleep(0.1)
+
+
 async def log_in(person: Person) -> Person:
     """Another session of somebody."""
     account = person.account
@@ -385,10 +396,15 @@ async def test_a_failing_google_is_asked_again_until_it_works(client: httpx.Asyn
     ann, bo = await people(client, 2)
     chat = await ann.personal(bo)
     token = await with_device(bo)
-    google.answers[token] = [failure(500, "INTERNAL"), failure(503, "UNAVAILABLE"), Answer()]
+    works_again = asyncio.Event()
+    google.answers[token] = [failure(500, "INTERNAL"), failure(503, "UNAVAILABLE"), Answer(when=works_again)]
     await ann.say(chat, TEXT)
+    await google.wait(token, 2, answered=True)
+    await wait_for_health(client, push="down")  # and yet ready: everything but push is served
+    works_again.set()
     await google.wait(token, 3, answered=True)
     assert [pushed.answered for pushed in google.to(token)] == [500, 503, 200]
+    await wait_for_health(client, push="ok")
 
 
 @pytest.mark.settings(push_give_up_seconds=1.2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -73,6 +74,21 @@ async def test_a_folder_that_cannot_be_written_is_unavailable(tmp_path: Path) ->
     with pytest.raises(Unavailable) as refused:
         await LocalStorage(tmp_path / "kept").put(new_key(), source)
     assert refused.value.code == "storage_unavailable"
+
+
+async def test_a_bucket_that_takes_no_files_is_told_from_the_first_failure_until_it_takes_them_again(
+    s3_url: str, tmp_path: Path
+) -> None:
+    storage = S3Storage(make_settings(**{**s3_settings(s3_url), "s3_bucket": "comes-and-goes"}))
+    source = tmp_path / "source"
+    source.write_bytes(b"data")
+    assert await storage.works()  # as far as anybody knows
+    with pytest.raises(Unavailable):
+        await storage.put(new_key(), source)
+    assert not await storage.works()
+    (await asyncio.to_thread(httpx.put, f"{s3_url}/comes-and-goes")).raise_for_status()
+    assert await storage.works()
+    await storage.put(new_key(), source)
 
 
 async def test_files_are_kept_in_s3_when_the_settings_say_so(settings: Settings, s3_url: str) -> None:

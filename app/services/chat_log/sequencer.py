@@ -237,6 +237,7 @@ class Sequencer:
             await asyncio.sleep(self._settings.sweep_seconds)
             try:
                 await self.sweep()
+                metrics.sweeps.inc()
             except Unavailable:
                 log.info("sweep_without_database")
 
@@ -250,7 +251,6 @@ class Sequencer:
         async with self._database.reading() as session:
             changed = await repository.list_changed_chats(session, window)
         self._swept = began
-        metrics.sweeps.inc()
         candidates = {**self._behind, **dict(changed)}
         for chat_id, version in candidates.items():
             channel = self._connections.channels.get(chat_id)
