@@ -28,7 +28,7 @@ $(DEV): requirements-dev.txt requirements.txt $(CREATED)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@ $(RUNTIME)
 
-.PHONY: help run test check lint format docs venv mysql mysql-stop chaos schemathesis fuzz browser deployment bench clean
+.PHONY: help run test check lint format docs venv mysql mysql-stop chaos soak schemathesis fuzz browser deployment bench clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -58,6 +58,7 @@ format: $(DEV) ## format the code and mend what ruff can mend
 
 docs: $(DEV) ## refresh the generated documents
 	$(BIN)/python scripts/settings_table.py --write
+	$(BIN)/python scripts/metrics_table.py --write
 	$(BIN)/python scripts/api_documents.py --write
 
 venv: $(DEV) ## make .venv with everything that tests and checks need
@@ -70,6 +71,9 @@ mysql-stop: ## stop that MySQL
 
 chaos: $(DEV) ## attack the server and what it depends on; print what each promise is worth (docs/reliability.md)
 	$(BIN)/python -m pytest tests/chaos -m chaos $(ARGS)
+
+soak: $(DEV) ## half an hour of mixed load (DIALECT_SOAK_MINUTES=2: a short one); memory, tasks and files must not grow
+	$(BIN)/python -m pytest -s -m soak tests/soak $(ARGS)
 
 schemathesis: $(DEV) ## fuzz the HTTP API from its own OpenAPI document
 	$(BIN)/python -m pytest -m schemathesis $(ARGS)

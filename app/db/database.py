@@ -35,8 +35,7 @@ from sqlalchemy.util import await_only
 from app.core import metrics
 from app.core.config import Settings, get_settings
 from app.core.errors import StartupError, Unavailable
-from app.db.errors import DATABASE_ERRORS, describe, is_transient, unavailable
-from app.db.errors import describe, is_lock_conflict, is_transient, unavailable
+from app.db.errors import DATABASE_ERRORS, describe, is_lock_conflict, is_transient, unavailable
 from app.db.log_connection import SQLITE_PRAGMAS, LogConnection, MySQLLogConnection, SQLiteLogConnection
 
 log = logging.getLogger(__name__)
