@@ -690,7 +690,8 @@ class ResumeIn(In):
     )
     account_version: AccountVersion = 0
     chats: Annotated[
-        dict[Annotated[str, Field(pattern=r"^[1-9][0-9]{0,15}$")], Version],
+        # Below 9 * 10^15, and so within MAX_ID: a greater one would come back in an answer that its schema forbids.
+        dict[Annotated[str, Field(pattern=r"^([1-9][0-9]{0,14}|[1-8][0-9]{15})$")], Version],
         Field(
             max_length=10_000,
             json_schema_extra={"additionalProperties": False},

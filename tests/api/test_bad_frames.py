@@ -92,7 +92,7 @@ def spoilt(schema: Json, good: Json) -> Iterator[tuple[str, set[str]]]:
             values += [(f"[{value}]", refused | {"invalid_json"}) for value in ('"x"', "null", "0", *HUGE)]
         if "object" in accepted:
             values += [(f'{{"1": {value}}}', refused | {"invalid_json"}) for value in ('"x"', "null", "true", *HUGE)]
-            values += [(json.dumps({key: 0}), refused) for key in ("", "0", "01", "x", "\x00", "9" * 17)]
+            values += [(json.dumps({key: 0}), refused) for key in ("", "0", "01", "x", "\x00", "9" * 16, "9" * 17)]
         if name in ("content", "client_id", "message_type", "type"):
             values.append((r'"a\u0000b"', refused))
         if name == "token":

@@ -328,7 +328,7 @@ def spoilt_values(schema: Json) -> Iterator[tuple[str, tuple[str, ...]]]:
             yield f"[{item}]", ("invalid_request", "invalid_json")
         yield json.dumps([1] * 20_000), ("invalid_request",)
     if "object" in accepted:
-        for key in ("x", "0", "01", "-1", "1.5", "9" * 17, "\u0000", ""):
+        for key in ("x", "0", "01", "-1", "1.5", "9" * 16, "9" * 17, "\u0000", ""):
             yield json.dumps({key: 0}), ("invalid_request",)
         for item in ('"x"', "null", "true", *HUGE):
             yield f'{{"1": {item}}}', ("invalid_request", "invalid_json")
