@@ -18,6 +18,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
 from app.db.log_connection import LogConnection, Row, Statement
 from app.db.models import Chat, ChatMember, HiddenMessage, Message
 from app.db.repositories.chat_settings import ChatSettingsRow
+from app.db.repositories.keys import in_order_of
 
 CHAT = cast(Table, Chat.__table__)
 MEMBER = cast(Table, ChatMember.__table__)
@@ -595,23 +596,25 @@ async def list_changed_messages(
     session: AsyncSession, chat_id: int, *, after: int, visible_from: int, limit: int
 ) -> list[MessageRow]:
     """Messages stamped after a version, by version."""
-    result = await session.execute(
+    statement = (
         select(*MESSAGE_COLUMNS)
         .where(MESSAGE.c.chat_id == chat_id, MESSAGE.c.version > after, MESSAGE.c.seq >= visible_from)
         .order_by(MESSAGE.c.version)
         .limit(limit)
     )
+    result = await session.execute(in_order_of(statement, MESSAGE, "ix_messages_version"))
     return [MessageRow(*row) for row in result]
 
 
 async def list_changed_members(session: AsyncSession, chat_id: int, *, after: int, limit: int) -> list[MemberRow]:
     """Memberships stamped after a version, by version; those of one version together or not at all."""
-    result = await session.execute(
+    statement = (
         select(*MEMBER_COLUMNS)
         .where(MEMBER.c.chat_id == chat_id, MEMBER.c.version > after)
         .order_by(MEMBER.c.version, MEMBER.c.user_id)
         .limit(limit)
     )
+    result = await session.execute(in_order_of(statement, MEMBER, "ix_chat_members_version"))
     return [MemberRow(*row) for row in result]
 
 

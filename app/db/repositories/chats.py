@@ -7,13 +7,28 @@ from datetime import datetime
 from itertools import islice
 from typing import NamedTuple, cast
 
-from sqlalchemy import ColumnElement, Table, and_, exists, func, insert, literal, or_, select
+from sqlalchemy import (
+    ColumnElement,
+    FromClause,
+    Select,
+    Table,
+    and_,
+    case,
+    exists,
+    func,
+    insert,
+    literal,
+    or_,
+    select,
+)
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from app.db.log_connection import Row
 from app.db.models import Chat, ChatMember, HiddenMessage, Message
-from app.db.repositories.chat_log import MEMBER_COLUMNS, MESSAGE_COLUMNS, MemberRow, MessageRow, database_now
+from app.db.repositories.chat_log import MEMBER_COLUMNS, MESSAGE_COLUMNS, MemberRow, MessageRow, database_now, is_mysql
 from app.db.repositories.chat_settings import SETTINGS, SETTINGS_COLUMNS, ChatSettingsRow
 from app.db.repositories.drafts import DRAFT, DRAFT_COLUMNS, DraftRow
+from app.db.repositories.keys import in_order_of
 
 CHAT = cast(Table, Chat.__table__)
 MEMBER = cast(Table, ChatMember.__table__)
@@ -21,6 +36,8 @@ MESSAGE = cast(Table, Message.__table__)
 HIDDEN = cast(Table, HiddenMessage.__table__)
 
 UNREAD_MAX = 1000
+UNREAD_CHATS = 500
+"""Chats whose unread messages are counted in one query. SQLite takes no more."""
 
 
 class ChatCursor(NamedTuple):
@@ -114,6 +131,41 @@ async def find_cursor(session: AsyncSession, chat_id: int, user_id: int) -> Chat
     return ChatCursor(*row) if row else None
 
 
+def _page_of_chats(
+    user_id: int,
+    *,
+    chat_ids: Sequence[int] | None,
+    before: tuple[datetime, int] | None,
+    pinned: bool | None,
+    archived: bool | None,
+    limit: int,
+) -> Select[int]:
+    """Which chats stand on a page of the list. To put a user's chats in order takes two rows of each; all that is
+    shown of a chat, its unread messages above all, is read for those on the page alone."""
+    source: FromClause = MEMBER.join(CHAT, CHAT.c.id == MEMBER.c.chat_id)
+    conditions: list[ColumnElement[bool]] = [MEMBER.c.user_id == user_id, MEMBER.c.left_seq.is_(None)]
+    if chat_ids is not None:
+        conditions.append(MEMBER.c.chat_id.in_(chat_ids))
+    if before is not None:
+        moment, chat_id = before
+        conditions.append(
+            or_(CHAT.c.last_activity_at < moment, and_(CHAT.c.last_activity_at == moment, CHAT.c.id < chat_id))
+        )
+    if pinned is not None or archived is not None:
+        source = source.outerjoin(SETTINGS, and_(SETTINGS.c.user_id == user_id, SETTINGS.c.chat_id == MEMBER.c.chat_id))
+    if pinned is not None:
+        conditions.append((func.coalesce(SETTINGS.c.pin_order, 0) > 0).is_(pinned))
+    if archived is not None:
+        conditions.append(func.coalesce(SETTINGS.c.archived, False).is_(archived))
+    return (
+        select(MEMBER.c.chat_id)
+        .select_from(source)
+        .where(*conditions)
+        .order_by(CHAT.c.last_activity_at.desc(), CHAT.c.id.desc())
+        .limit(limit)
+    )
+
+
 async def list_chats(
     session: AsyncSession,
     user_id: int,
@@ -124,42 +176,27 @@ async def list_chats(
     archived: bool | None = None,
     limit: int,
 ) -> list[ChatListRow]:
-    """Chats of a user by last activity, newest first, in one query whatever their number.
+    """Chats of a user by last activity, newest first, in two queries whatever their number.
 
     `pinned` and `archived` leave out those that are not so, or with False those that are.
     """
+    page = _page_of_chats(
+        user_id, chat_ids=chat_ids, before=before, pinned=pinned, archived=archived, limit=limit
+    ).subquery("page")
     peer = MEMBER.alias("peer")
     last = MESSAGE.alias("last")
-    unread = MESSAGE.alias("unread")
-    hidden_unread = exists().where(
-        HIDDEN.c.user_id == user_id, HIDDEN.c.chat_id == unread.c.chat_id, HIDDEN.c.seq == unread.c.seq
-    )
-    # Bounded: at most UNREAD_MAX rows are counted, however far behind the reader is.
-    unread_rows = (
-        select(literal(1).label("one"))
-        .where(
-            unread.c.chat_id == MEMBER.c.chat_id,
-            unread.c.seq > MEMBER.c.read_seq,
-            unread.c.seq >= MEMBER.c.visible_from_seq,
-            unread.c.sender_id != user_id,
-            unread.c.deleted_at.is_(None),
-            ~hidden_unread,
-        )
-        .limit(UNREAD_MAX)
-        .correlate(MEMBER)
-        .subquery("unread_rows")
-    )
-    unread_count = select(func.count()).select_from(unread_rows).scalar_subquery()
     last_hidden = (
         exists()
         .where(HIDDEN.c.user_id == user_id, HIDDEN.c.chat_id == CHAT.c.id, HIDDEN.c.seq == CHAT.c.last_seq)
         .correlate(CHAT)
     )
     source = (
-        MEMBER.join(CHAT, CHAT.c.id == MEMBER.c.chat_id)
+        page.join(MEMBER, and_(MEMBER.c.chat_id == page.c.chat_id, MEMBER.c.user_id == user_id))
+        .join(CHAT, CHAT.c.id == page.c.chat_id)
         .outerjoin(
             peer,
-            and_(CHAT.c.type == "personal", peer.c.chat_id == CHAT.c.id, peer.c.user_id != MEMBER.c.user_id),
+            # NULL, which nothing equals, for groups: a condition beside the join would read all their members first.
+            and_(peer.c.chat_id == case((CHAT.c.type == "personal", CHAT.c.id)), peer.c.user_id != MEMBER.c.user_id),
         )
         .outerjoin(
             last,
@@ -172,18 +209,6 @@ async def list_chats(
         .outerjoin(SETTINGS, and_(SETTINGS.c.user_id == user_id, SETTINGS.c.chat_id == MEMBER.c.chat_id))
         .outerjoin(DRAFT, and_(DRAFT.c.user_id == user_id, DRAFT.c.chat_id == MEMBER.c.chat_id))
     )
-    conditions: list[ColumnElement[bool]] = [MEMBER.c.user_id == user_id, MEMBER.c.left_seq.is_(None)]
-    if chat_ids is not None:
-        conditions.append(MEMBER.c.chat_id.in_(chat_ids))
-    if before is not None:
-        moment, chat_id = before
-        conditions.append(
-            or_(CHAT.c.last_activity_at < moment, and_(CHAT.c.last_activity_at == moment, CHAT.c.id < chat_id))
-        )
-    if pinned is not None:
-        conditions.append((func.coalesce(SETTINGS.c.pin_order, 0) > 0).is_(pinned))
-    if archived is not None:
-        conditions.append(func.coalesce(SETTINGS.c.archived, False).is_(archived))
     statement = (
         select(
             CHAT.c.id,
@@ -205,16 +230,15 @@ async def list_chats(
             peer.c.user_id.label("peer_id"),
             peer.c.public_read_seq.label("peer_read_seq"),
             peer.c.public_delivered_seq.label("peer_delivered_seq"),
-            unread_count.label("unread_count"),
+            literal(0).label("unread_count"),  # counted below
             last_hidden.label("last_message_hidden"),
             *(last.c[column.name].label(f"last_{column.name}") for column in MESSAGE_COLUMNS),
             *(column.label(f"settings_{column.name}") for column in SETTINGS_COLUMNS),
             *(column.label(f"draft_{column.name}") for column in DRAFT_COLUMNS),
         )
         .select_from(source)
-        .where(*conditions)
         .order_by(CHAT.c.last_activity_at.desc(), CHAT.c.id.desc())
-        .limit(limit)
+        .prefix_with("STRAIGHT_JOIN", dialect="mysql")  # from the page, or it would read every chat of the user
     )
     rows: list[ChatListRow] = []
     for row in await session.execute(statement):
@@ -233,7 +257,41 @@ async def list_chats(
                 )
             )
         )
-    return rows
+    behind = [Unread(row.id, max(row.read_seq, row.visible_from_seq - 1), row.last_seq) for row in rows]
+    counts = await count_unread(session, user_id, behind, limit=UNREAD_MAX)
+    return [row._replace(unread_count=counts.get(row.id, 0)) for row in rows]
+
+
+class Unread(NamedTuple):
+    """The messages of a chat that somebody may not have read: after < seq <= last."""
+
+    chat_id: int
+    after: int
+    last: int
+
+
+async def count_unread(session: AsyncSession, user_id: int, chats: Sequence[Unread], *, limit: int) -> dict[int, int]:
+    """How many of these messages are unread by a user, by chat, counted no further than `limit` in each.
+
+    Not their own ones, nor those that were deleted, for everybody or for them.
+    """
+    # Each with its own constants: MySQL cannot begin in the middle of a chat at a place that stands in another row, it
+    # would read a chat of a million messages from its beginning. As text: objects would cost more than the query.
+    behind = [chat for chat in chats if chat.after < chat.last]
+    index = " FORCE INDEX (PRIMARY)" if is_mysql(session) else ""
+    counts: dict[int, int] = {}
+    for start in range(0, len(behind), UNREAD_CHATS):
+        parts = [
+            f"SELECT {chat_id:d}, COUNT(*) FROM (SELECT 1 FROM messages m{index} WHERE m.chat_id = {chat_id:d}"  # noqa: S608
+            f" AND m.seq > {after:d} AND m.seq <= {last:d} AND m.sender_id <> {user_id:d} AND m.deleted_at IS NULL"
+            f" AND NOT EXISTS (SELECT 1 FROM hidden_messages h WHERE h.user_id = {user_id:d}"
+            f" AND h.chat_id = {chat_id:d} AND h.seq = m.seq) LIMIT {limit:d}) AS found"
+            for chat_id, after, last in behind[start : start + UNREAD_CHATS]
+        ]
+        connection = await session.connection()
+        rows: list[Row] = [tuple(row) for row in await connection.exec_driver_sql(" UNION ALL ".join(parts))]
+        counts |= {row[0]: row[1] for row in rows}
+    return counts
 
 
 async def find_membership(session: AsyncSession, chat_id: int, user_id: int) -> MemberRow | None:
@@ -249,12 +307,13 @@ async def find_membership(session: AsyncSession, chat_id: int, user_id: int) -> 
 
 async def list_members(session: AsyncSession, chat_id: int, *, after: int, limit: int) -> list[MemberRow]:
     """Who is in a chat, by user id."""
-    result = await session.execute(
+    statement = (
         select(*MEMBER_COLUMNS)
         .where(MEMBER.c.chat_id == chat_id, MEMBER.c.user_id > after, MEMBER.c.left_seq.is_(None))
         .order_by(MEMBER.c.user_id)
         .limit(limit)
     )
+    result = await session.execute(in_order_of(statement, MEMBER))
     return [MemberRow(*row) for row in result]
 
 
@@ -269,12 +328,13 @@ async def list_messages(
 ) -> list[MessageRow]:
     """Messages with low <= seq <= high, from either end, always returned by rising seq."""
     order = MESSAGE.c.seq.desc() if newest_first else MESSAGE.c.seq.asc()
-    result = await session.execute(
+    statement = (
         select(*MESSAGE_COLUMNS)
         .where(MESSAGE.c.chat_id == chat_id, MESSAGE.c.seq >= low, MESSAGE.c.seq <= high)
         .order_by(order)
         .limit(limit)
     )
+    result = await session.execute(in_order_of(statement, MESSAGE))
     rows = [MessageRow(*row) for row in result]
     return rows[::-1] if newest_first else rows
 

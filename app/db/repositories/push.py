@@ -13,9 +13,7 @@ from sqlalchemy import (
     bindparam,
     delete,
     exists,
-    func,
     insert,
-    literal,
     or_,
     select,
     update,
@@ -35,7 +33,10 @@ from app.db.models import (
     UserPair,
     UserSettings,
 )
+from app.db.repositories import chats
 from app.db.repositories.chat_log import CHANGED_AT_SECONDS, database_now
+from app.db.repositories.chats import Unread
+from app.db.repositories.keys import in_order_of
 
 CHAT = cast(Table, Chat.__table__)
 MEMBER = cast(Table, ChatMember.__table__)
@@ -46,6 +47,10 @@ SESSION = cast(Table, Session.__table__)
 CHAT_SETTINGS = cast(Table, ChatSettings.__table__)
 USER_SETTINGS = cast(Table, UserSettings.__table__)
 DEVICE = cast(Table, PushDevice.__table__)
+
+
+BADGE_CHATS = 25
+"""Chats that are counted together for a badge: most badges are full before the next."""
 
 
 class DeviceRow(NamedTuple):
@@ -157,7 +162,7 @@ async def list_newest(
     session: AsyncSession, chat_id: int, *, after: int, last: int, limit: int
 ) -> list[UnpushedMessage]:
     """The newest messages with after < seq <= last that are not deleted, newest first."""
-    result = await session.execute(
+    statement = (
         select(MESSAGE.c.seq, MESSAGE.c.sender_id, MESSAGE.c.message_type == "service")
         .where(
             MESSAGE.c.chat_id == chat_id, MESSAGE.c.seq > after, MESSAGE.c.seq <= last, MESSAGE.c.deleted_at.is_(None)
@@ -165,6 +170,7 @@ async def list_newest(
         .order_by(MESSAGE.c.seq.desc())
         .limit(limit)
     )
+    result = await session.execute(in_order_of(statement, MESSAGE))
     return [UnpushedMessage(row[0], row[1], bool(row[2])) for row in result]
 
 
@@ -233,25 +239,16 @@ async def list_targets(
 
 async def count_unread(session: AsyncSession, user_id: int, *, limit: int) -> int:
     """Unread messages of a user in all chats together, counted no further than `limit`."""
-    hidden = exists().where(
-        HIDDEN.c.user_id == user_id, HIDDEN.c.chat_id == MESSAGE.c.chat_id, HIDDEN.c.seq == MESSAGE.c.seq
+    result = await session.execute(
+        select(MEMBER.c.chat_id, MEMBER.c.read_seq, MEMBER.c.visible_from_seq, CHAT.c.last_seq)
+        .select_from(MEMBER.join(CHAT, and_(CHAT.c.id == MEMBER.c.chat_id, CHAT.c.last_seq > MEMBER.c.read_seq)))
+        .where(MEMBER.c.user_id == user_id, MEMBER.c.left_seq.is_(None))
     )
-    rows = (
-        select(literal(1).label("one"))
-        .select_from(
-            MEMBER.join(CHAT, and_(CHAT.c.id == MEMBER.c.chat_id, CHAT.c.last_seq > MEMBER.c.read_seq)).join(
-                MESSAGE, and_(MESSAGE.c.chat_id == MEMBER.c.chat_id, MESSAGE.c.seq > MEMBER.c.read_seq)
-            )
-        )
-        .where(
-            MEMBER.c.user_id == user_id,
-            MEMBER.c.left_seq.is_(None),
-            MESSAGE.c.seq >= MEMBER.c.visible_from_seq,
-            MESSAGE.c.sender_id != user_id,
-            MESSAGE.c.deleted_at.is_(None),
-            ~hidden.correlate(MESSAGE),
-        )
-        .limit(limit)
-        .subquery("unread_rows")
-    )
-    return (await session.execute(select(func.count()).select_from(rows))).scalar_one()
+    behind = [Unread(row[0], max(row[1], row[2] - 1), row[3]) for row in result]
+    total = 0
+    for start in range(0, len(behind), BADGE_CHATS):
+        counts = await chats.count_unread(session, user_id, behind[start : start + BADGE_CHATS], limit=limit)
+        total = min(limit, total + sum(counts.values()))
+        if total == limit:
+            break
+    return total

@@ -13,6 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from app.core.errors import Conflict
 from app.db.errors import violated_constraint
 from app.db.models import User
+from app.db.repositories.keys import in_order_of
 
 USER = cast(Table, User.__table__)
 
@@ -136,12 +137,13 @@ async def touch_last_seen(session: AsyncSession, user_ids: Sequence[int], at: da
 
 async def search_usernames(session: AsyncSession, prefix: str, *, after: str, limit: int) -> list[UserRow]:
     """People whose username begins with `prefix`, in the order of usernames, after the username `after`."""
-    result = await session.execute(
+    statement = (
         select(*USER_COLUMNS)
         .where(USER.c.username >= prefix, USER.c.username > after, USER.c.username < prefix + _AFTER_ASCII)
         .order_by(USER.c.username)
         .limit(limit)
     )
+    result = await session.execute(in_order_of(statement, USER, "uq_users_username"))
     return [UserRow(*row) for row in result]
 
 
@@ -150,7 +152,7 @@ async def search_display_names(
 ) -> list[tuple[str, UserRow]]:
     """(display_name_key, person) of those whose folded display name begins with `prefix`, by name and id."""
     key, user_id = USER.c.display_name_key, USER.c.id
-    result = await session.execute(
+    statement = (
         select(key, *USER_COLUMNS)
         .where(
             key >= max(prefix, after[0]),
@@ -160,4 +162,5 @@ async def search_display_names(
         .order_by(key, user_id)
         .limit(limit)
     )
+    result = await session.execute(in_order_of(statement, USER, "ix_users_display_name_key"))
     return [(row[0], UserRow(*row[1:])) for row in result]
