@@ -14,7 +14,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -23,9 +22,11 @@ from typing import Literal, get_args
 
 import orjson
 
-from bench import machine, servers
+from bench import machine, scale, servers
 from bench.client import Result, Task
+from bench.seed import SIZES, say
 from bench.servers import MYSQL_URL_NAME, DatabaseCore, DatabaseName, Failed, MySQL, Server, ServerName
+from bench.tables import aligned, yes
 
 RESULTS = Path(__file__).resolve().parent / "results"
 TASK_SECONDS = 600
@@ -125,6 +126,7 @@ class Bench:
         self.echo: list[Result] = []
         self.notes: list[str] = []
         self.problems: list[str] = []
+        self.scale: dict[str, list[scale.Column]] = {}
         self._database_pid: int | None = None
         self._step = 0
         self._steps = len(plan.databases) * plan.repeat * (len(plan.scenarios) * len(RATED) + 1)
@@ -260,7 +262,7 @@ class Bench:
                 ours = self.measured[scenario.id, database, "dialect"]
                 rows.append(self._row(scenario, database, naive, ours))
                 below += [_latency_line(scenario, cell) for cell in (naive, ours)]
-        lines = _aligned(rows)
+        lines = aligned(rows, range(2, 5))
         floor = statistics.median(result.rate for result in self.echo)
         lines.append(f"\nfloor: a bare uvicorn WebSocket echo does {floor:,.0f} round trips/s on the same core")
         lines += ["", "latency and shares of a core (medians):", *below]
@@ -283,7 +285,7 @@ class Bench:
         if naive.failed or ours.failed:
             shown = ("FAILED" if cell.failed else figure for cell, figure in zip((naive, ours), figures, strict=True))
             return (*head, *shown, "-", scenario.bar, "FAILED")
-        return (*head, *figures, f"{ratio:,.1f}x", scenario.bar, _yes(met))
+        return (*head, *figures, f"{ratio:,.1f}x", scenario.bar, yes(met))
 
     def _footnotes(self) -> list[str]:
         plan = self.plan
@@ -313,6 +315,7 @@ class Bench:
             "plan": asdict(self.plan),
             "echo": [asdict(result) for result in self.echo],
             "measured": [asdict(cell) for cell in self.measured.values()],
+            "scale": {name: [asdict(column) for column in columns] for name, columns in self.scale.items()},
             "notes": self.notes,
             "problems": self.problems,
         }
@@ -328,24 +331,6 @@ def _latency_line(scenario: Scenario, cell: Measured) -> str:
     return f"  {scenario.id.upper()} {cell.database:6} {cell.server:8} {times}; {shares}{tail}"
 
 
-def _yes(met: bool) -> str:
-    return "yes" if met else "NO"
-
-
-def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = []
-    for number, row in enumerate(rows):
-        cells = [
-            cell.ljust(width) if column < 2 or column > 4 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append(" | ".join(cells).rstrip())
-        if number == 0:
-            lines.append("-+-".join("-" * width for width in widths))
-    return lines
-
-
 def _commit() -> str:
     try:
         done = subprocess.run(
@@ -354,11 +339,6 @@ def _commit() -> str:
     except OSError:
         return ""
     return done.stdout.strip()
-
-
-def say(text: str) -> None:
-    """A line of progress."""
-    print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
 
 
 # --- P5 ---------------------------------------------------------------------------------------------------------
@@ -400,15 +380,38 @@ def run_idle(bench: Bench, connections: int, seconds: float) -> str:
                 str(result.drops),
                 f"{result.connect_seconds:.1f} s",
                 f"<= {IDLE_LIMIT_KIB:g} KB, 0 drops",
-                _yes(met),
+                yes(met),
             )
         )
-    lines = _aligned(rows)
+    lines = aligned(rows, range(2, 5))
     lines.append(
         f"\nBearer door, {accounts:,} accounts, {per_user} sockets each at most, sources 127.0.0.2 to 127.0.0.21; "
         "KB each: growth of the server's RSS\n" + f"machine: {machine.describe()}"
     )
     return "\n".join(lines)
+
+
+# --- P6 ---------------------------------------------------------------------------------------------------------
+
+
+def run_scale(bench: Bench, database: DatabaseName, sizes: list[str]) -> str:
+    """Measure databases of several sizes side by side."""
+    held = DatabaseCore()
+    try:
+        columns: list[scale.Column] = []
+        for size in sizes:
+            place = scale.Place(database, size, bench.mysql, RESULTS, keep=not bench.plan.short)
+            with place.seeded():
+                if bench.mysql is not None and database == "mysql" and held.pid is None:
+                    held = DatabaseCore.hold(bench.mysql, bench.other_core)
+                say(f"p6: {database}: measuring {size}")
+                columns.append(scale.measure(place, bench.folder, bench.server_core))
+    finally:
+        held.release()
+    bench.scale[database] = columns
+    problems = [problem for column in columns for problem in column.problems]
+    bench.problems += [f"p6 on {database}: {problem}" for problem in problems]
+    return "\n".join([*scale.table(database, columns), held.note, f"machine: {machine.describe()}"])
 
 
 # --- the command ------------------------------------------------------------------------------------------------
@@ -420,22 +423,28 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         prog="python -m bench", description="Measure Dialect beside an ordinary FastAPI server and a bare echo."
     )
     parser.add_argument("--short", action="store_true", help="a run of a minute that only shows that all of it works")
-    parser.add_argument("--only", default="", help="for example p1,p2; p5 (idle connections) runs only when named")
+    parser.add_argument(
+        "--only", default="", help="for example p1,p2; p5 (idle connections) and p6 (scale) run only when named"
+    )
     parser.add_argument("--db", default="sqlite,mysql", help="sqlite, mysql or both (default)")
     parser.add_argument("--repeat", type=int, help="repeats of each measurement; the median counts (default 3)")
     parser.add_argument("--seconds", type=float, help="seconds per measurement (default 8)")
     parser.add_argument("--connections", type=int, default=10_000, help="idle connections of p5 (default 10,000)")
     parser.add_argument("--hold", type=float, default=60, help="seconds that p5 holds them (default 60)")
+    parser.add_argument("--scale", default="10k,1m,10m", help="messages of p6's databases (default 10k,1M,10M)")
     options = parser.parse_args(arguments)
     if options.repeat is not None and options.repeat < 1:
         parser.error("--repeat must be at least 1")
     options.only = [part.strip().lower() for part in options.only.split(",") if part.strip()]
-    unknown = set(options.only) - {"p1", "p2", "p3", "p4", "p5"}
+    unknown = set(options.only) - {"p1", "p2", "p3", "p4", "p5", "p6"}
     if unknown:
-        parser.error(f"--only knows p1 to p5, not {', '.join(sorted(unknown))}")
+        parser.error(f"--only knows p1 to p6, not {', '.join(sorted(unknown))}")
     options.db = [part.strip().lower() for part in options.db.split(",") if part.strip()]
     if not options.db or set(options.db) - set(get_args(DatabaseName)):
         parser.error("--db takes sqlite, mysql or sqlite,mysql")
+    options.scale = [part.strip().lower() for part in options.scale.split(",") if part.strip()]
+    if not options.scale or set(options.scale) - SIZES.keys():
+        parser.error("--scale takes some of 10k, 1M and 10M")
     return options
 
 
@@ -487,6 +496,10 @@ def main() -> int:
             print("\n" + bench.table(), flush=True)
         if "p5" in options.only:
             print("\n" + run_idle(bench, options.connections, options.hold), flush=True)
+        if "p6" in options.only or (options.short and not options.only):
+            sizes = ["10k"] if options.short else options.scale
+            for database in databases:
+                print("\n" + run_scale(bench, database, sizes), flush=True)
     except Failed as failure:
         print(f"\nThe benchmark stopped: {failure}", file=sys.stderr)
         return 1

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -196,23 +197,59 @@ def start(
         prepare = [sys.executable, "-m", "app", "migrate"]
         command = [sys.executable, "-m", "app"]
 
-    with log.open("ab") as output:
-        if prepare is not None:
+    if prepare is not None:
+        with log.open("ab") as output:
             done = subprocess.run(prepare, cwd=folder, env=environment, stdout=output, stderr=output, check=False)
-            if done.returncode:
-                words = log.read_text(errors="replace")[-2000:]
-                clean_up()
-                raise Failed(f"`python -m app migrate` failed on {database}:\n{words}")
+        if done.returncode:
+            words = log.read_text(errors="replace")[-2000:]
+            clean_up()
+            raise Failed(f"`python -m app migrate` failed on {database}:\n{words}")
+    return _launch(Launch(name, command, folder, environment, port, core, clean_up))
+
+
+@dataclass(slots=True)
+class Launch:
+    """A server about to be started."""
+
+    name: ServerName
+    command: list[str]
+    folder: Path
+    environment: dict[str, str]
+    port: int
+    core: int | None
+    clean_up: Callable[[], None]
+
+
+def start_on(database: dict[str, str], folder: Path, core: int | None) -> Server:
+    """Start Dialect on a database that is there and stays, and wait until it answers; `database` are its settings.
+
+    Raises Failed with the end of its log when it does not.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="dialect-", dir=folder))
+    port = _free_port()
+    environment = child_environment(folder) | dialect_settings(folder, port, {}, 10) | database
+    command = [sys.executable, "-m", "app"]
+    return _launch(Launch("dialect", command, folder, environment, port, core, lambda: shutil.rmtree(folder)))
+
+
+def _launch(launch: Launch) -> Server:
+    log = launch.folder / "server.log"
+    with log.open("ab") as output:
         process = subprocess.Popen(
-            command, cwd=folder, env=environment, stdout=output, stderr=output, preexec_fn=on_core(core)
+            launch.command,
+            cwd=launch.folder,
+            env=launch.environment,
+            stdout=output,
+            stderr=output,
+            preexec_fn=on_core(launch.core),
         )
-    server_process = Server(name, port, process, log, clean_up)
+    server = Server(launch.name, launch.port, process, log, launch.clean_up)
     try:
-        _wait_until_ready(server_process, "/" if name == "echo" else "/health/ready")
+        _wait_until_ready(server, "/" if launch.name == "echo" else "/health/ready")
     except BaseException:
-        server_process.stop()
+        server.stop()
         raise
-    return server_process
+    return server
 
 
 def _wait_until_ready(server: Server, path: str) -> None:

@@ -15,6 +15,7 @@
 # DIALECT_MYSQL_PORT  the port, on 127.0.0.1 only    (default 33306)
 # DIALECT_MYSQL_ROOTFS  the unpacked Debian of another such folder, to be used as well as there: a second server, to be
 #                     killed and frozen, then costs no second unpacking (the default is a rootfs in DIALECT_MYSQL_DIR)
+# DIALECT_MYSQL_OPTIONS  more options of mysqld, separated by spaces, e.g. --innodb-buffer-pool-size=4G
 
 set -euo pipefail
 
@@ -176,10 +177,12 @@ start() {
     rm -f "$outer/mysqld.pid"
     # Every program that asks for it gets a connection: parallel test workers each hold a pool. Without its log writer
     # threads a commit is as durable and takes a quarter less CPU, as long as few connections commit at once.
+    local -a more
+    read -ra more <<<"${DIALECT_MYSQL_OPTIONS:-}"
     mysqld_run --daemonize --datadir="$inner/data" --log-error="$inner/mysqld.log" --pid-file="$inner/mysqld.pid" \
       --port="$port" --bind-address=127.0.0.1 --socket="$inner/mysqld.sock" --mysqlx=OFF --secure-file-priv= \
       --max-connections=300 --binlog-expire-logs-seconds=3600 --innodb-log-writer-threads=OFF \
-      --init-file="$inner/init.sql" \
+      --init-file="$inner/init.sql" "${more[@]}" \
       </dev/null >&2 9>&- || { log_tail; die "mysqld did not start on port $port: the reason is in its log above."; }
   fi
 

@@ -37,7 +37,9 @@ def test_a_url_that_is_no_mysql_is_refused(url: str) -> None:
         MySQL.from_url(url)
 
 
-@pytest.mark.parametrize("arguments", [["--only", "p9"], ["--db", "oracle"], ["--db", ""], ["--repeat", "0"]])
+@pytest.mark.parametrize(
+    "arguments", [["--only", "p9"], ["--db", "oracle"], ["--db", ""], ["--repeat", "0"], ["--scale", "5k"]]
+)
 def test_bad_arguments_are_refused(arguments: list[str]) -> None:
     with pytest.raises(SystemExit):
         parse(arguments)
