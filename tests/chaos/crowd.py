@@ -59,6 +59,8 @@ class Crowd:
     folder: Path
     target: int
     """Acknowledged sends after which nobody begins anything new."""
+    other_urls: list[str] = field(default_factory=list)
+    """Other workers; the devices and callers are spread over all."""
     accounts: list[Account] = field(default_factory=list)
     rooms: list[Room] = field(default_factory=list)
     devices: list[Device] = field(default_factory=list)
@@ -113,9 +115,27 @@ class Crowd:
         if len(self.faults) < 20:
             self.faults.append(text)
 
-    def http(self) -> httpx.AsyncClient:
+    def http(self, number: int = 0) -> httpx.AsyncClient:
         """A client of the server's REST interface."""
-        return httpx.AsyncClient(base_url=self.url, timeout=PATIENCE)
+        return httpx.AsyncClient(base_url=self.url_of(number), timeout=PATIENCE)
+
+    def url_of(self, number: int) -> str:
+        """The worker that this one of the clients talks to."""
+        return [self.url, *self.other_urls][number % (1 + len(self.other_urls))]
+
+    async def wait_until_complete(self) -> None:
+        """Return once each device holds what the server does, by what it was told alone. Nothing may be under way.
+
+        Raises AssertionError when that takes longer than everybody's patience.
+        """
+        give_up_at = asyncio.get_running_loop().time() + 2 * PATIENCE
+        async with self.http() as client:
+            fresh = await asyncio.gather(*(fetch(client, a.headers, a.id) for a in self.accounts))
+        views = {replica.user_id: replica.view() for replica in fresh}
+        behind = list(self.devices)
+        while behind := [device for device in behind if device.replica.view() != views[device.account.id]]:
+            assert asyncio.get_running_loop().time() < give_up_at, [device.name for device in behind]
+            await asyncio.sleep(0.1)  # their replicas change by frames, which tell nobody here
 
     async def gather(self, users: int, devices: int, callers: int) -> None:
         """Register users with chats between them, and give them devices (sockets) and callers (REST)."""
@@ -140,12 +160,12 @@ class Crowd:
         """The chats of a user."""
         return [room for room in self.rooms if user in room.members]
 
-    async def stored_client_ids(self) -> set[str]:
-        """The client ids of all messages that the server holds now."""
+    async def stored_places(self) -> dict[str, tuple[int, int]]:
+        """The client ids of all messages that the server holds now, and their (id, seq)."""
         async with self.http() as client:
             fresh = await asyncio.gather(*(fetch(client, a.headers, a.id) for a in self.accounts))
         chats = [chat for replica in fresh for chat in replica.chats.values()]
-        return {message["client_id"] for chat in chats for message in chat.messages.values()}
+        return {m["client_id"]: (m["id"], m["seq"]) for chat in chats for m in chat.messages.values()}
 
     async def check(self) -> Report:
         """Compare all ledgers and replicas with what the server holds now. Nothing may be under way."""
@@ -332,9 +352,9 @@ class Device(Keeper):
     async def run(self) -> None:
         """Live until cancelled: connect, resume, repeat what was not answered, go on; again after every drop."""
         failures = 0
-        url = self.crowd.url.replace("http", "ws", 1) + "/api/v1/messages/ws"
         while True:
             await self.crowd.up.wait()
+            url = self.crowd.url_of(self.number).replace("http", "ws", 1) + "/api/v1/messages/ws"
             try:
                 connection = await connect(
                     url, additional_headers=self.account.headers, max_size=None, compression=None, open_timeout=PATIENCE
@@ -518,7 +538,7 @@ class Caller(Keeper):
 
     async def run(self) -> None:
         """Send one message after the other, each until it is stored, and catch up now and then."""
-        async with self.crowd.http() as client:
+        async with self.crowd.http(self.number) as client:
             while not self.crowd.enough:
                 room = self.rng.choice(self.rooms)
                 client_id, text = self.note_sent(room)
@@ -532,7 +552,7 @@ class Caller(Keeper):
             self.finished.set()
 
     async def settle(self) -> None:
-        async with self.crowd.http() as client:
+        async with self.crowd.http(self.number) as client:
             await self._catch_up(client)
 
     async def _catch_up(self, client: httpx.AsyncClient) -> None:

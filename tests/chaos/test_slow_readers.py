@@ -19,6 +19,7 @@ import pytest
 from app.core.config import Settings
 from tests.chaos.conftest import Launch
 from tests.chaos.report import SceneReport
+from tests.chaos.scale import FORM
 from tests.support.accounts import Account, register
 from tests.support.servers import Door, Server, free_port
 from tests.support.socket_client import SocketClient
@@ -176,8 +177,8 @@ def stalled_readers(server: Server, accounts: list[Account], count: int) -> Iter
 # On a quick machine more is sent meanwhile than a client may catch up with by default.
 @pytest.mark.settings(resume_max_changes=1_000_000)
 @pytest.mark.chaos("A slow or dead reader hurts only itself")
-@pytest.mark.timeout(180)
-@pytest.mark.parametrize("count", [1, 10, 100])
+@pytest.mark.timeout(180 if FORM == "short" else 900)
+@pytest.mark.parametrize("count", [1, 10, 100, *([1000] if FORM == "long" else [])])
 @pytest.mark.parametrize("door", ["tuned", "plain"])
 async def test_stalled_readers_silence_nobody_are_closed_cost_little_and_catch_up(
     sqlite_settings: Settings, launch: Launch, door: Door, count: int, report: SceneReport

@@ -34,7 +34,9 @@ class Link:
         self._upstream = upstream
         self.doomed = 0
         """So many answers, one per statement, get lost, and then the connection."""
-        """What the server answers next is lost, and the connection with it."""
+        self._edit = proxy.edit_answers() if proxy.edit_answers is not None else None
+        self.deaf = False
+        """Nothing passes any more, and nobody is told."""
 
     async def run(self) -> None:
         """Pass bytes on in both directions until one side ends or the proxy cuts."""
@@ -70,6 +72,10 @@ class Link:
         with contextlib.suppress(ConnectionError):
             while data := await reader.read(64 * 1024):
                 await proxy.thawed()
+                if self.deaf:
+                    continue
+                if direction == "down" and self._edit is not None:
+                    data = self._edit(data)
                 if proxy.delay_seconds:
                     await asyncio.sleep(proxy.delay_seconds)
                 if direction == "up" and proxy.on_commit is not None and data.endswith(_COMMIT):
@@ -86,7 +92,7 @@ class Link:
                         self.reset()
                         return
                     continue
-                if direction == "down" and proxy.bytes_left is not None:
+                if direction == proxy.cut_direction and proxy.bytes_left is not None:
                     data, rest = data[: proxy.bytes_left], data[proxy.bytes_left :]
                     proxy.bytes_left -= len(data)
                     writer.write(data)
@@ -127,8 +133,11 @@ class FaultProxy:
         self.delay_seconds = 0.0
         """How much later everything arrives, each way."""
         self.bytes_left: int | None = None
-        """After so many bytes from the server, the connection that carried the last of them is cut; once."""
+        """After so many bytes in `cut_direction`, the connection that carried the last of them is cut; once."""
+        self.cut_direction: Direction = "down"
         self.cuts_after_bytes = 0
+        self.edit_answers: Callable[[], Callable[[bytes], bytes]] | None = None
+        """Makes, for each new connection, what decides how much of the answers goes on."""
         self.on_commit: Callable[[], Verdict] | None = None
         """Asked at each COMMIT: may it pass, does it get lost, or only its answer?"""
         self.commits = 0
@@ -165,6 +174,18 @@ class FaultProxy:
     async def thawed(self) -> None:
         """Return once nothing is frozen."""
         await self._flowing.wait()
+
+    def lose(self) -> int:
+        """Swallow whatever the connections of now carry from now on, as a network does that has forgotten them: each
+        side believes that it is still connected. Returns how many they are."""
+        for link in self._links:
+            link.deaf = True
+        return len(self._links)
+
+    @property
+    def lost(self) -> int:
+        """How many of those neither side has given up yet."""
+        return sum(link.deaf for link in self._links)
 
     def cut(self) -> None:
         """End every connection politely."""
