@@ -140,6 +140,17 @@ holes_healed = _counter(
 )
 sweeps = _counter("dialect_sweeps_total", "Searches for changes that nobody announced.")
 
+# --- several workers ---
+
+bus_up = _gauge(
+    "dialect_bus_up", "1 while this worker hears itself over Redis, or needs no Redis.", over_workers="livemin"
+)
+bus_workers = _gauge("dialect_bus_workers", "Other workers that this one hears.", over_workers="livemin")
+bus_sent = _tally("dialect_bus_messages_sent_total", "Messages to other workers.")
+bus_received = _tally("dialect_bus_messages_received_total", "Messages of other workers.")
+bus_lost = _counter("dialect_bus_messages_lost_total", "Messages of other workers that never came here.")
+bus_dropped = _counter("dialect_bus_items_dropped_total", "Items given up because Redis was away or slow.")
+
 # --- catching up ---
 
 resumes = _counter("dialect_resumes_total", "Clients that asked for what they missed.", "door")

@@ -12,7 +12,7 @@ import contextlib
 import logging
 import secrets
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, cast
 
 import orjson
@@ -21,6 +21,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
+from app.core import metrics
 from app.core.clock import Clock
 from app.core.tasks import supervise
 
@@ -55,19 +56,6 @@ class _Peer:
     """The number of its last message to this worker."""
 
 
-@dataclass(slots=True)
-class BusCounters:
-    """What the bus has done since the start."""
-
-    published: int = 0
-    received: int = 0
-    lost: int = 0
-    """Messages of other workers that never came here."""
-    dropped: int = 0
-    """Items given up because Redis was away or slow."""
-    reconnects: int = field(default=-1)  # the first connection is none
-
-
 def redis_client(url: str) -> Redis:
     """A client of Redis that fails quickly, and leaves trying again to its caller. Raises ValueError for no URL."""
     return Redis.from_url(
@@ -84,7 +72,6 @@ class Bus:
 
     def __init__(self, redis: Redis, clock: Clock) -> None:
         self.worker_id = secrets.token_hex(6)
-        self.counters = BusCounters()
         self.on_item: Callable[[str, Item], None]
         """Called with who sent it, and an item."""
         self.on_peer: Callable[[str, bool], None]
@@ -140,7 +127,7 @@ class Bus:
     def post(self, item: Item, to: str = EVERYBODY) -> None:
         """Tell another worker, or everybody, something. Never waits and never fails; it may be lost."""
         if self._waiting >= OUTBOX_ITEMS_MAX:
-            self.counters.dropped += 1
+            metrics.bus_dropped.inc()
             return
         self._waiting += 1
         self._outboxes.setdefault(to, []).append(item)
@@ -174,9 +161,9 @@ class Bus:
             async with asyncio.timeout(2 * CALL_SECONDS):
                 await pipeline.execute()
         except BaseException:
-            self.counters.dropped += sum(map(len, outboxes.values())) + len(everybody or ())
+            metrics.bus_dropped.inc(sum(map(len, outboxes.values())) + len(everybody or ()))
             raise
-        self.counters.published += len(outboxes) + bool(everybody)
+        metrics.bus_sent.n += len(outboxes) + bool(everybody)
 
     def _message(self, to: str, items: Sequence[Item]) -> bytes:
         number = self._numbers[to] = self._numbers.get(to, 0) + 1
@@ -221,7 +208,6 @@ class Bus:
             pubsub = self._redis.pubsub(ignore_subscribe_messages=True)
             try:
                 await pubsub.subscribe(self._prefix + "all", self._prefix + self.worker_id)
-                self.counters.reconnects += 1
                 self.on_lost()  # whatever was said before
                 pause = 0.1
                 heard_at = self._clock.monotonic()
@@ -245,7 +231,7 @@ class Bus:
             if sender == self.worker_id:
                 self._echoed_at = self._clock.monotonic()
                 return
-            self.counters.received += 1
+            metrics.bus_received.n += 1
             self._count(cast(str, sender), cast(str, to), cast(int, number))
             for item in items:
                 match item["kind"]:
@@ -284,7 +270,7 @@ class Bus:
 
     def _lost(self, messages: int) -> None:
         if messages > 0:
-            self.counters.lost += messages
+            metrics.bus_lost.inc(messages)
             self.on_lost()
 
     def _forget(self, worker: str) -> None:

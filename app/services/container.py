@@ -267,7 +267,12 @@ def build_services(settings: Settings, clock: Clock | None = None) -> Services:
         presence=presence,
         notifications=notifications,
         telemetry=Telemetry(
-            database=database, connections=connections, writer=writer, hasher=hasher, notifications=notifications
+            database=database,
+            connections=connections,
+            writer=writer,
+            hasher=hasher,
+            notifications=notifications,
+            cluster=cluster,
         ),
         health=health,
     )

@@ -14,6 +14,7 @@ from app.core.security import PasswordHasher
 from app.core.tasks import supervise
 from app.db.database import Database
 from app.services.chat_log.writer import Writer
+from app.services.cluster import Cluster
 from app.services.connection_manager import ConnectionManager
 from app.services.notification_service import NotificationService
 
@@ -33,12 +34,14 @@ class Telemetry:
         writer: Writer,
         hasher: PasswordHasher,
         notifications: NotificationService,
+        cluster: Cluster,
     ) -> None:
         self._database = database
         self._connections = connections
         self._writer = writer
         self._hasher = hasher
         self._notifications = notifications
+        self._cluster = cluster
         self._task: asyncio.Task[None] | None = None
         self._cpu = 0.0
         self._share_at = 0.0
@@ -81,6 +84,8 @@ class Telemetry:
         metrics.users_online.set(len(self._connections.users))
         metrics.writer_queue.set(self._writer.waiting)
         metrics.argon2_queue.set(self._hasher.waiting)
+        metrics.bus_up.set(self._cluster.reliable)
+        metrics.bus_workers.set(len(self._cluster.bus.peers) if self._cluster.bus is not None else 0)
         metrics.push_devices.set(self._notifications.devices_waiting)
         metrics.push_chats.set(self._notifications.chats_waiting)
         for pool, engine in (("read", self._database.read_engine), ("write", self._database.write_engine)):
