@@ -179,7 +179,7 @@ class Bus:
     def _expire(self) -> None:
         now = self._clock.monotonic()
         if self.healthy:
-            if self._down_at is not None and self._down_at < self._echoed_at:
+            if self._down_at is not None and self._down_at <= self._echoed_at:
                 log.info("bus_is_up", extra={"down_seconds": round(now - self._down_at, 1)})
                 self._down_at = None
                 for peer in self._peers.values():
