@@ -403,7 +403,7 @@ def percentiles(seconds: list[float]) -> dict[str, float]:
     if not seconds:
         return {}
     ordered = sorted(seconds)
-    pick = {"p50": 0.5, "p99": 0.99, "max": 1.0}
+    pick = {"p50": 0.5, "p95": 0.95, "p99": 0.99, "max": 1.0}
     return {name: 1000 * ordered[min(len(ordered) - 1, int(len(ordered) * part))] for name, part in pick.items()}
 
 

@@ -50,6 +50,8 @@ INSIST_SECONDS = 0.5
 SQLITE_READERS = 4
 SQLITE_LOCK_SLICE_SECONDS = 0.25
 """SQLite waits for a lock in a thread that cannot be interrupted, so never for longer than this at a time."""
+MYSQL_LOG_CONNECTIONS = 2
+"""Transactions of the chat log's writer under way at once."""
 MYSQL_RECYCLE_SECONDS = 1800
 """A connection older than this is replaced: proxies and servers drop old ones without a word."""
 
@@ -139,7 +141,8 @@ class Database:
         """False since a write that the database refused for its own reasons: a full disk, reads only, no answer."""
         self._sqlite_write = asyncio.Lock()
         """SQLite allows one writer: here they queue in order, at the file they would have to try again and again."""
-        self._mysql_log: MySQLLogConnection | None = None
+        self._mysql_logs: list[MySQLLogConnection] = []
+        """The writer's connections that are idle."""
         self.bulk_reads = BulkReads((settings.db_pool_size if self.is_mysql else SQLITE_READERS) // 2)
         self._mysql_connect = {"connect_timeout": settings.db_timeout_seconds, "init_command": MYSQL_SESSION}
         url = database_url(settings, driver="async")
@@ -202,7 +205,7 @@ class Database:
             async with self.write_engine.connect():
                 pass
             if self.is_mysql:
-                self._mysql_log = await self._take_mysql_log()
+                self._mysql_logs = [await self._open_mysql_log() for _ in range(MYSQL_LOG_CONNECTIONS)]
             else:
                 await self._sqlite_log.open()
         except (OSError, TimeoutError, *DATABASE_ERRORS) as error:
@@ -212,9 +215,8 @@ class Database:
         """Give every connection back."""
         await self.read_engine.dispose()
         await self.write_engine.dispose()
-        if self._mysql_log is not None:
-            self._mysql_log.abandon()
-            self._mysql_log = None
+        while self._mysql_logs:
+            self._mysql_logs.pop().abandon()
         if not self.is_mysql:
             await self._sqlite_log.close()
         if self._lock_file is not None:
@@ -251,7 +253,7 @@ class Database:
                     mysql = await self._take_mysql_log()
                     async with self._committing(mysql):
                         yield mysql
-                    self._mysql_log = mysql
+                    self._mysql_logs.append(mysql)
                 else:
                     async with self._sqlite_write, self._committing(self._sqlite_log):
                         yield self._sqlite_log
@@ -276,15 +278,18 @@ class Database:
             raise
 
     async def _take_mysql_log(self) -> MySQLLogConnection:
-        known, self._mysql_log = self._mysql_log, None
-        if known is not None:
+        while self._mysql_logs:
+            known = self._mysql_logs.pop()
             if known.opened_at + MYSQL_RECYCLE_SECONDS > time.monotonic():
                 return known
             known.abandon()
-        return MySQLLogConnection(await self.connect_mysql())
+        return await self._open_mysql_log()
 
-    async def connect_mysql(self) -> Any:
-        """A connection of the bare driver, outside the pools, that commits each statement.
+    async def _open_mysql_log(self) -> MySQLLogConnection:
+        return MySQLLogConnection(await self.connect_mysql(autocommit=False))
+
+    async def connect_mysql(self, *, autocommit: bool = True) -> Any:
+        """A connection of the bare driver, outside the pools, that commits each statement or begins with the first.
 
         Raises the driver's errors.
         """
@@ -296,7 +301,7 @@ class Database:
             password=url.password or "",
             db=url.database,
             charset="utf8mb4",
-            autocommit=True,
+            autocommit=autocommit,
             **self._mysql_connect,
         )
 

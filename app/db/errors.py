@@ -79,6 +79,14 @@ def is_lock_conflict(error: BaseException) -> bool:
     return isinstance(cause, mysql_errors.Error) and _mysql_code(cause) in LOCK_ERRORS
 
 
+def is_sent_before(error: BaseException) -> bool:
+    """Whether a message was refused because its chat has one of this sender and `client_id` already."""
+    cause = _cause(error)
+    return isinstance(cause, (sqlite3.IntegrityError, mysql_errors.IntegrityError)) and _violated(cause) == (
+        "uq_messages_chat_id_sender_id_client_id"
+    )
+
+
 def unavailable(error: BaseException) -> Unavailable:
     """What a client is told of a database failure."""
     if is_lock_conflict(error):
@@ -97,7 +105,12 @@ def violated_constraint(error: IntegrityError) -> str:
 
     Returns an empty string for any other violation.
     """
-    message = str(error.orig)
+    return _violated(error.orig)
+
+
+def _violated(error: BaseException | None) -> str:
+    # The text itself: MySQL's errors are shown as a tuple, with quotes in the entry changing those around it.
+    message = str(error.args[-1] if error is not None and error.args else error)
     if match := re.search(r"Duplicate entry .* for key '(?:\w+\.)?(\w+)'", message, re.DOTALL):
         return match.group(1)
     if match := re.search(r"UNIQUE constraint failed: (.+)", message):

@@ -2,7 +2,7 @@
 
 A batch of the chat log is half a dozen statements, and the price of each is paid per batch, not per message: 155 µs
 of CPU through SQLAlchemy's asyncio layer, 28 µs through the driver alone, and a wait for the network or for a thread.
-So what is to be read goes out together with BEGIN, and what is to be written together with COMMIT: two round trips.
+So what is to be read goes out together, and what is to be written together with COMMIT: two round trips.
 """
 
 from __future__ import annotations
@@ -68,7 +68,10 @@ class LogConnection(ABC):
 
 
 class MySQLLogConnection(LogConnection):
-    """All statements in one packet. Values are literals that `repositories/chat_log.py` wrote."""
+    """All statements in one packet. Values are literals that `repositories/chat_log.py` wrote.
+
+    The connection does not commit by itself: its first statement begins a transaction.
+    """
 
     is_mysql = True
 
@@ -78,8 +81,6 @@ class MySQLLogConnection(LogConnection):
 
     async def _run(self, statements: Sequence[Statement], *, begin: bool, commit: bool) -> list[list[Row]]:
         parts = [statement.sql for statement in statements]
-        if begin:
-            parts.insert(0, "BEGIN")
         if commit:
             parts.append("COMMIT")
         results: list[list[Row]] = []
@@ -92,7 +93,7 @@ class MySQLLogConnection(LogConnection):
         except (AttributeError, RuntimeError) as error:
             # How asyncmy stumbles over a connection that was lost in the middle of an answer.
             raise ConnectionResetError(str(error)) from error
-        return results[1:] if begin else results
+        return results
 
     def abandon(self) -> None:
         # Hanging up is the one way that cannot wait for a server that does not answer.

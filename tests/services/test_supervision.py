@@ -164,7 +164,7 @@ async def test_a_writer_that_fails_between_its_commit_and_the_next_batch_writes_
         broken = False
 
         def extendleft(self, items: Any) -> None:
-            if not self.broken and services.writer._batch:
+            if not self.broken and any(lane.batch for lane in services.writer._lanes):
                 self.broken = True
                 raise ZeroDivisionError("after the commit")
             super().extendleft(items)
@@ -186,12 +186,12 @@ async def test_a_batch_that_the_failed_writer_held_is_written_by_its_successor(
     chat_id = await ann.personal(bo)
     real, failed = services.writer._commit, False
 
-    async def commit(batch: Any) -> Any:
+    async def commit(lane: Any, batch: Any) -> Any:
         nonlocal failed
         if not failed:
             failed = True
             raise asyncio.CancelledError  # something that it awaits is cancelled, and it is not meant
-        return await real(batch)
+        return await real(lane, batch)
 
     monkeypatch.setattr(services.writer, "_commit", commit)
     message = await asyncio.wait_for(ann.say(chat_id, "held"), PATIENCE)

@@ -11,6 +11,7 @@ import pytest
 from app.core.config import Settings
 from app.core.errors import DialectError, Unavailable
 from app.services.chat_log.changes import Change, Done, EditMessage, Mark, SendMessage
+from app.services.chat_log.writer import FEW
 from app.services.container import Services
 from tests.support.locks import held
 from tests.support.people import Json, contents, people
@@ -99,6 +100,96 @@ async def test_a_chat_that_somebody_holds_waits_while_others_are_written(
     await asyncio.gather(*waiting)
     assert contents(await bo.history(locked)) == ["0", "1", "2"]
     assert contents(await bo.history(free)) == ["0", "1", "2", "3", "4"]
+
+
+async def one_commits(services: Services) -> None:
+    """Wait until a batch is at its commit."""
+    async with asyncio.timeout(5):
+        while not any(lane.committing for lane in services.writer._lanes):  # noqa: ASYNC110 - it tells nobody
+            await asyncio.sleep(0.01)
+
+
+async def test_while_one_batch_waits_for_its_commit_another_goes_on_and_overtakes_it_in_no_chat(
+    client: httpx.AsyncClient, services: Services, settings: Settings
+) -> None:
+    if not settings.uses_mysql:
+        pytest.skip("SQLite has one lock for all")
+    ann, bo = await people(client, 2)
+    quick, slow = await ann.group(bo), await ann.group(bo)
+    await ann.say(slow, "ids are leased")
+    with held(settings, f"chat_members WHERE chat_id = {slow}"):  # its marks are written with the commit
+        waiting = [asyncio.create_task(services.writer.write(send(slow, ann.id, "first")))]
+        await one_commits(services)
+        for number in range(5):
+            assert isinstance(await services.writer.write(send(quick, bo.id, str(number))), Done)
+            waiting.append(asyncio.create_task(services.writer.write(send(slow, bo.id, str(number)))))
+        assert not any(task.done() for task in waiting)
+    seqs = [message_of(one)["seq"] for one in await asyncio.gather(*waiting)]
+    assert seqs == sorted(seqs)
+    assert contents(await bo.history(slow))[1:] == ["first", "0", "1", "2", "3", "4"]
+    assert contents(await bo.history(quick)) == ["0", "1", "2", "3", "4"]
+
+
+async def test_under_load_no_batch_begins_beside_a_commit(
+    client: httpx.AsyncClient, services: Services, settings: Settings
+) -> None:
+    if not settings.uses_mysql:
+        pytest.skip("SQLite has one lock for all")
+    ann, bo = await people(client, 2)
+    quick, slow = await ann.group(bo), await ann.group(bo)
+    await ann.say(slow, "ids are leased")
+    with held(settings, f"chat_members WHERE chat_id = {slow}"):
+        waiting = [asyncio.create_task(services.writer.write(send(slow, ann.id, "first")))]
+        await one_commits(services)
+        waiting += [asyncio.create_task(services.writer.write(send(quick, bo.id, str(i)))) for i in range(FEW)]
+        await asyncio.wait(waiting, timeout=0.3)
+        assert not any(task.done() for task in waiting)
+    await asyncio.gather(*waiting)
+    assert contents(await bo.history(quick)) == [str(number) for number in range(FEW)]
+
+
+@pytest.mark.parametrize("what", ["sent", "refused"])
+async def test_a_retry_among_others_gets_its_first_answer_and_costs_them_nothing(
+    client: httpx.AsyncClient, services: Services, what: str
+) -> None:
+    ann, bo = await people(client, 2)
+    group, personal = await ann.group(bo), await ann.personal(bo)
+    names = [b"\"'\xff%);*/--`\x00{} " + bytes([n]) for n in range(3)]
+    first = await outcomes(services, [send(group, bo.id, "first", names[n]) for n in range(3)])
+    if what == "refused":
+        await ann.remove(group, bo)
+    changes: list[Change] = [send(personal, (ann, bo)[i % 2].id, str(i)) for i in range(20)]
+    for n in range(3):
+        changes.insert(5 * n, send(group, bo.id, "again", names[n]))
+    changes.append(send(group, bo.id, "new"))
+    with statements(services.database) as seen:
+        done = await outcomes(services, changes)
+    assert [done[5 * n] for n in range(3)] == first
+    new = done.pop()
+    if what == "refused":
+        assert isinstance(new, DialectError)
+        assert new.code == "chat_not_found"
+        assert len([one for one in seen if one.startswith("INSERT INTO messages")]) == 1
+    else:
+        assert message_of(new)["seq"] == message_of(first[2])["seq"] + 1
+    assert contents(await ann.history(personal)) == [str(number) for number in range(20)]
+    kept = [message["content"] for message in (await ann.history(group))["items"] if message["message_type"] == "text"]
+    assert kept == ["first"] * 3 + ["new"] * (what == "sent")
+
+
+async def test_after_a_retry_was_met_others_are_looked_up_before_anything_is_written(
+    client: httpx.AsyncClient, services: Services
+) -> None:
+    ann, bo = await people(client, 2)
+    chat_id = await ann.personal(bo)
+    change = send(chat_id, ann.id, "x", b"c" * 16)
+    tries = []
+    for _ in range(3):
+        with statements(services.database) as seen:
+            await services.writer.write(change)
+        tries.append(len([one for one in seen if one.startswith("INSERT INTO messages")]))
+    assert tries == [1, 1, 0]  # the second was refused by the index
+    assert contents(await bo.history(chat_id)) == ["x"]
 
 
 @pytest.mark.settings(write_timeout_seconds=0.5, db_timeout_seconds=8)

@@ -77,13 +77,16 @@ class Appender:
         message_ids: Sequence[int] = (),
         *,
         skip_locked: bool = False,
+        look_up: bool = True,
     ) -> Appended:
         """Append changes to their chats and say what came of each.
 
         `message_ids` holds an id for every SendMessage among them. With `skip_locked`, changes of chats that
-        somebody else holds come back deferred; otherwise the lock is waited for.
+        somebody else holds come back deferred; otherwise the lock is waited for. Without `look_up`, earlier sends
+        are looked up only of what would be refused, and the database refuses all changes together when one of them
+        was sent before (`db.errors.is_sent_before`): the caller rolls back, and appends them with `look_up`.
         """
-        batch = _Batch(self, executor, changes, message_ids)
+        batch = _Batch(self, executor, changes, message_ids, look_up=look_up)
         return await batch.run(skip_locked=skip_locked)
 
 
@@ -120,12 +123,19 @@ class _Draft:
 
 class _Batch:
     def __init__(
-        self, appender: Appender, executor: repository.Executor, changes: Sequence[Change], message_ids: Sequence[int]
+        self,
+        appender: Appender,
+        executor: repository.Executor,
+        changes: Sequence[Change],
+        message_ids: Sequence[int],
+        *,
+        look_up: bool,
     ) -> None:
         self.appender = appender
         self.executor = executor
         self.changes = changes
         self.message_ids = iter(message_ids)
+        self.look_up = look_up
         self.now = appender.clock.now().replace(tzinfo=None)
         self.now_text = timestamp(self.now)
         self.locked: set[int] = set()
@@ -159,6 +169,8 @@ class _Batch:
                 outcomes.append(self._apply(draft, change))
             except DialectError as error:
                 outcomes.append(error)
+        if not self.look_up:
+            await self._look_up_refused(outcomes)
         await self._write()
         drafts = [draft for draft in self.drafts.values() if draft.changed]
         return Appended(
@@ -195,7 +207,8 @@ class _Batch:
         for change in self.changes:
             match change:
                 case SendMessage():
-                    client_ids.append((change.chat_id, change.user_id, change.client_id))
+                    if self.look_up:
+                        client_ids.append((change.chat_id, change.user_id, change.client_id))
                     file_ids.update(change.attachments)
                     if change.reply_to is not None:
                         targets.add(change.reply_to)
@@ -226,8 +239,7 @@ class _Batch:
         if skip_locked and len(found.chats) < len(chat_ids):
             missing = set(chat_ids) - {row.id for row in found.chats}
             self.locked = {row.id for row in await repository.find_chats(executor, sorted(missing))}
-        for sent in found.earlier:
-            self.earlier[sent.chat_id, sent.sender_id, sent.client_id] = Done(message_view(sent))
+        self._remember(found.earlier)
         self.targets = {row.id: row for row in found.messages}
         self.members = {(row.chat_id, row.user_id): row for row in found.members}
         self.existing_members = set(self.members)
@@ -249,6 +261,22 @@ class _Batch:
             roster_now = rosters[row.id]
             if roster_now is not None:
                 self.drafts[row.id] = _Draft(row, roster_now)
+
+    def _remember(self, sent: Sequence[MessageRow]) -> None:
+        for row in sent:
+            self.earlier[row.chat_id, row.sender_id, row.client_id] = Done(message_view(row))
+
+    async def _look_up_refused(self, outcomes: list[Outcome]) -> None:
+        """Give retries their first answers, whatever has become of their senders since."""
+        refused = {
+            number: (change.chat_id, change.user_id, change.client_id)
+            for number, (change, outcome) in enumerate(zip(self.changes, outcomes, strict=True))
+            if isinstance(change, SendMessage) and isinstance(outcome, DialectError) and change.chat_id in self.drafts
+        }
+        if refused:
+            self._remember(await repository.find_sent(self.executor, sorted(set(refused.values()))))
+        for number, key in refused.items():
+            outcomes[number] = self.earlier.get(key, outcomes[number])
 
     # --- deciding, in memory ---
 

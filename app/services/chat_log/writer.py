@@ -1,10 +1,11 @@
 """The group-committing writer: what arrives from all connections during one commit is the next transaction.
 
-No timer: an idle server commits a lone message at once, a busy one a few hundred together. One batch is under way at
-a time; two at once made smaller ones, and dearer per message (docs/performance.md). An outcome is told after the
-commit, never before; while it is told, the next batch is on its way to the database. A transaction that fails for the
-database's reasons is tried again with the same client ids, so that a commit whose outcome is unknown still makes one
-row; one that fails for its content is bisected, so that one poisoned change fails alone.
+No timer: an idle server commits a lone message at once, a busy one a few hundred together. While a batch waits for its
+commit, and little else does, the next one begins beside it, with chats of its own; under load that would make smaller
+batches, and dearer ones per message (docs/performance.md). An outcome is told after the commit, never before; while it
+is told, the next batch is on its way to the database. A transaction that fails for the database's reasons is tried
+again with the same client ids, so that a commit whose outcome is unknown still makes one row; one that fails for its
+content is bisected, so that one poisoned change fails alone.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 
 from app.core import metrics
 from app.core.clock import Clock
@@ -23,8 +25,8 @@ from app.core.config import Settings
 from app.core.errors import DialectError, Unavailable
 from app.core.ids import IdAllocator
 from app.core.tasks import supervise
-from app.db.database import Database
-from app.db.errors import DATABASE_ERRORS, describe, is_transient
+from app.db.database import MYSQL_LOG_CONNECTIONS, Database
+from app.db.errors import DATABASE_ERRORS, describe, is_sent_before, is_transient
 from app.services.chat_log.append import Appender
 from app.services.chat_log.changes import Appended, Change, Deferred, Done, EditMessage, SendMessage
 
@@ -35,6 +37,13 @@ STOP_SECONDS = 1.0
 
 BATCH_CHARACTERS_MAX = 500_000
 """Text in one transaction: in one packet to MySQL it takes up to eight bytes per character."""
+
+FEW = 32
+"""Up to so many changes, under way and waiting, a batch begins beside another one's commit. Beyond, commits are what
+is scarce: better few of them, and large."""
+
+LOOK_UP_SECONDS = 30.0
+"""After a retry was met, more are likely: so long earlier sends are looked up before anything is written."""
 
 OnDone = Callable[[Done | DialectError], None]
 
@@ -53,6 +62,22 @@ class _Pending:
                 on_done(outcome)
             except Exception:
                 log.exception("outcome_not_told")
+
+
+@dataclass(slots=True, eq=False)
+class _Lane:
+    """A batch under way, if there is one."""
+
+    batch: list[_Pending] = field(default_factory=list)
+    chats: set[int] = field(default_factory=set)
+    committing: bool = False
+    """Whether all that is left is the commit: it will lock nothing more."""
+
+    def begin(self, batch: list[_Pending]) -> None:
+        self.batch, self.chats, self.committing = batch, {pending.change.chat_id for pending in batch}, False
+
+    def clear(self) -> None:
+        self.begin([])
 
 
 class Writer:
@@ -75,17 +100,18 @@ class Writer:
         self._ids = ids
         self._announce = announce
         self._queue: deque[_Pending] = deque()
-        self._batch: list[_Pending] = []
+        self._lanes = [_Lane() for _ in range(MYSQL_LOG_CONNECTIONS if database.is_mysql else 1)]
         self._wake = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
         self._stopping = False
+        self._look_up_until = 0.0
         self._tasks: list[asyncio.Task[None]] = []
 
     def start(self) -> None:
         """Begin committing."""
         self._tasks = [
-            supervise("writer", self._run),
+            *(supervise("writer", partial(self._run, lane)) for lane in self._lanes),
             supervise("writer-deadlines", self._expire),
         ]
 
@@ -111,7 +137,7 @@ class Writer:
         return len(self._all())
 
     def _all(self) -> list[_Pending]:
-        return [*self._batch, *self._queue]
+        return [*(pending for lane in self._lanes for pending in lane.batch), *self._queue]
 
     def submit(self, change: Change, on_done: OnDone) -> None:
         """Queue a change; `on_done` is called with what came of it, after the commit.
@@ -125,7 +151,8 @@ class Writer:
         deadline = self._clock.monotonic() + self._settings.write_timeout_seconds
         self._queue.append(_Pending(change, on_done, deadline))
         self._idle.clear()
-        self._wake.set()
+        if self._may_begin():
+            self._wake.set()
 
     async def write(self, change: Change) -> Done:
         """Queue a change and wait for it. Never call this while holding a transaction: on SQLite it would wait
@@ -144,42 +171,64 @@ class Writer:
 
     # --- the loop ---
 
-    async def _run(self) -> None:
+    async def _run(self, lane: _Lane) -> None:
         # What a run before this one was at when it failed. What that committed makes no second row.
-        self._queue.extendleft(reversed(self._batch))
-        self._batch = []
+        self._queue.extendleft(reversed(lane.batch))
+        lane.clear()
         while True:
-            if not self._queue:
+            while not (batch := self._take()):
                 asyncio.get_running_loop().call_soon(self._rest)  # behind the telling of what was just committed
                 self._wake.clear()
                 await self._wake.wait()
-            batch = self._batch = self._take()
+            lane.begin(batch)
             deferred: list[_Pending] = []
             try:
-                deferred = await self._commit(batch)
+                deferred = await self._commit(lane, batch)
             except Exception:
                 log.exception("writer_failed")
                 for pending in batch:
                     pending.settle(DialectError("internal_error", "The server failed to store this."))
-            if batch and len(deferred) == len(batch):
+            if len(deferred) == len(batch):
                 await asyncio.sleep(0.005)  # nothing but locked chats: let their holder finish
             self._queue.extendleft(reversed(deferred))
-            self._batch = []
+            lane.clear()
 
     def _rest(self) -> None:
-        if not self._queue and not self._batch:
+        if not self._queue and not any(lane.batch for lane in self._lanes):
             self._idle.set()
 
+    def _may_begin(self) -> bool:
+        """Whether a batch may begin now: beside others only where these are done but for their commits. So two of
+        this process's own never wait for each other's locks in a ring."""
+        under_way = 0
+        for lane in self._lanes:
+            if lane.batch:
+                if not lane.committing:
+                    return False
+                under_way += len(lane.batch)
+        return not under_way or under_way + len(self._queue) <= FEW
+
     def _take(self) -> list[_Pending]:
-        """The next batch: what is first in line and still wanted."""
+        """The next batch, if one may begin: what is first in line and still wanted, but for chats that are under way,
+        which it would find locked."""
         batch: list[_Pending] = []
+        if not self._may_begin():
+            return batch
+        busy = {chat_id for lane in self._lanes for chat_id in lane.chats}
+        left: list[_Pending] = []
         characters = 0
         while self._queue and len(batch) < self._settings.writer_batch_max and characters < BATCH_CHARACTERS_MAX:
             pending = self._queue.popleft()
-            if pending.on_done is not None:
-                batch.append(pending)
-                if isinstance(pending.change, (SendMessage, EditMessage)):
-                    characters += len(pending.change.content)
+            if pending.on_done is None:
+                continue
+            if pending.change.chat_id in busy:
+                left.append(pending)
+                continue
+            batch.append(pending)
+            if isinstance(pending.change, (SendMessage, EditMessage)):
+                characters += len(pending.change.content)
+        if left:
+            self._queue.extendleft(reversed(left))
         return batch
 
     async def _expire(self) -> None:
@@ -194,15 +243,19 @@ class Writer:
                         Unavailable("database_unavailable", "The database does not answer; try again.", retry_after=2)
                     )
 
-    async def _commit(self, batch: Sequence[_Pending]) -> list[_Pending]:
+    async def _commit(self, lane: _Lane, batch: Sequence[_Pending]) -> list[_Pending]:
         """Commit a batch, whatever it takes until its deadlines. Returns what met a lock, in order."""
         pause = 0.02
         while batch := [pending for pending in batch if pending.on_done is not None]:
+            look_up = self._clock.monotonic() < self._look_up_until
             try:
-                appended = await self._transact(batch)
+                appended = await self._transact(lane, batch, look_up=look_up)
             except Exception as error:
+                if not look_up and is_sent_before(error):
+                    self._look_up_until = self._clock.monotonic() + LOOK_UP_SECONDS
+                    continue
                 if not is_transient(error):
-                    return await self._bisect(batch, error)
+                    return await self._bisect(lane, batch, error)
                 metrics.batches_retried.inc()
                 log.warning("batch_retried", extra={"changes": len(batch), "error": describe(error)})
                 await asyncio.sleep(pause)
@@ -217,13 +270,17 @@ class Writer:
                 ]
         return []
 
-    async def _transact(self, batch: Sequence[_Pending]) -> Appended:
+    async def _transact(self, lane: _Lane, batch: Sequence[_Pending], *, look_up: bool) -> Appended:
+        lane.committing = False
         changes = [pending.change for pending in batch]
         sends = sum(isinstance(change, SendMessage) for change in changes)
         ids = await self._ids.reserve("message", sends) if sends else ()
         began = time.perf_counter()
         async with self._database.appending() as connection:
-            appended = await self._appender.append(connection, changes, ids, skip_locked=True)
+            appended = await self._appender.append(connection, changes, ids, skip_locked=True, look_up=look_up)
+            lane.committing = True
+            if self._queue:
+                self._wake.set()
         metrics.commit_seconds.observe(time.perf_counter() - began)
         metrics.commit_changes.observe(len(changes))
         return appended
@@ -241,7 +298,7 @@ class Writer:
         except Exception:
             log.exception("announce_failed")  # the sweep finds what was not let out
 
-    async def _bisect(self, batch: Sequence[_Pending], error: Exception) -> list[_Pending]:
+    async def _bisect(self, lane: _Lane, batch: Sequence[_Pending], error: Exception) -> list[_Pending]:
         if len(batch) == 1:
             if isinstance(error, DATABASE_ERRORS):
                 log.error("change_refused_by_database", extra={"error": describe(error)})
@@ -251,12 +308,14 @@ class Writer:
             return []
         metrics.batches_bisected.inc()
         middle = len(batch) // 2
-        deferred = await self._commit(batch[:middle])
+        deferred = await self._commit(lane, batch[:middle])
         # What follows in a chat that was just found locked must not overtake, should the lock be free by now.
         locked = {pending.change.chat_id for pending in deferred}
         rest = batch[middle:]
         deferred += [pending for pending in rest if pending.change.chat_id in locked]
-        return deferred + await self._commit([pending for pending in rest if pending.change.chat_id not in locked])
+        return deferred + await self._commit(
+            lane, [pending for pending in rest if pending.change.chat_id not in locked]
+        )
 
 
 def _shutting_down() -> Unavailable:
