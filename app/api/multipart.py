@@ -56,7 +56,7 @@ class FilePart:
 class _Reader:
     def __init__(self) -> None:
         self.part = FilePart()
-        self.data: list[bytes] = []
+        self.data: list[memoryview] = []
         self.complete = False
         self._parts = 0
         self._header = self._value = b""
@@ -85,7 +85,7 @@ class _Reader:
         self.part.content_type = self._headers.get(b"content-type", b"").decode("latin-1")
 
     def on_part_data(self, data: bytes, start: int, end: int) -> None:
-        self.data.append(data[start:end])
+        self.data.append(memoryview(data)[start:end])
 
     def on_end(self) -> None:
         self.complete = self._parts == 1
@@ -95,7 +95,9 @@ def _invalid(detail: str) -> BadInput:
     return BadInput("invalid_upload", detail, field=FIELD)
 
 
-async def receive_file(request: Request, settings: Settings, write: Callable[[bytes], Awaitable[None]]) -> FilePart:
+async def receive_file(
+    request: Request, settings: Settings, write: Callable[[memoryview], Awaitable[None]]
+) -> FilePart:
     """Read a body to its end and give the file in it to `write`. The pace is the slower one's of sender and `write`.
 
     Raises BadInput (`invalid_upload`; so ends, too, who sends nothing or next to nothing), and what `write` raises.

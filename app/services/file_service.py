@@ -48,6 +48,8 @@ from app.services.storage import INCOMING, Storage, clear_incoming, new_key, sto
 log = logging.getLogger(__name__)
 
 FLUSH_BYTES = 512 * 1024
+FLUSH_PIECES = 512
+"""A body in tiny pieces must not weigh many times its size."""
 HEAD_BYTES = 8192
 NAME_BYTES_MAX = 255
 COLLECT_SECONDS = 60.0
@@ -67,7 +69,8 @@ class Incoming:
         self.size = 0
         self.head = b""
         self._max_bytes = max_bytes
-        self._buffer = bytearray()
+        self._pieces: list[bytes | memoryview] = []
+        self._waiting = 0
         self._hash = hashlib.sha256()
         self._file: BinaryIO | None = None
         self._under_way = under_way
@@ -109,16 +112,20 @@ class Incoming:
         """And its smaller copy."""
         return Path(f"{self.target}.{edge}")
 
-    async def write(self, data: bytes) -> None:
-        """Take the next bytes. Raises TooLarge (`file_too_large`) and Unavailable (`storage_unavailable`)."""
+    async def write(self, data: bytes | memoryview) -> None:
+        """Take the next bytes, which may not change afterwards: they are written as they are, and copied nowhere.
+
+        Raises TooLarge (`file_too_large`) and Unavailable (`storage_unavailable`).
+        """
         self.size += len(data)
         metrics.upload_bytes.n += len(data)
         if self.size > self._max_bytes:
             raise file_too_large(self._max_bytes)
         if len(self.head) < HEAD_BYTES:
-            self.head += data[: HEAD_BYTES - len(self.head)]
-        self._buffer += data
-        if len(self._buffer) >= FLUSH_BYTES:
+            self.head += bytes(data[: HEAD_BYTES - len(self.head)])
+        self._pieces.append(data)
+        self._waiting += len(data)
+        if self._waiting >= FLUSH_BYTES or len(self._pieces) >= FLUSH_PIECES:
             await self._flush()
 
     async def finish(self) -> bytes:
@@ -127,19 +134,20 @@ class Incoming:
         return self._hash.digest()
 
     async def _flush(self) -> None:
-        data, self._buffer = bytes(self._buffer), bytearray()
+        pieces, self._pieces, self._waiting = self._pieces, [], 0
         try:
-            await asyncio.to_thread(self._append, data)
+            await asyncio.to_thread(self._append, pieces)
         except OSError as error:
             raise storage_full() from error
 
-    def _append(self, data: bytes) -> None:
+    def _append(self, pieces: list[bytes | memoryview]) -> None:
         if self._file is None:
             raise RuntimeError("this file is not open")
-        self._hash.update(data)
-        view = memoryview(data)
-        while view:
-            view = view[self._file.write(view) :]
+        for piece in pieces:
+            self._hash.update(piece)
+            view = memoryview(piece)
+            while view:
+                view = view[self._file.write(view) :]
 
 
 @dataclass(slots=True)
