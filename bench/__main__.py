@@ -14,15 +14,18 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import orjson
 
-from bench import machine, scale, servers
+from app.core.config import Settings
+from bench import files, machine, scale, servers
 from bench.client import Result, Task
 from bench.seed import SIZES, say
 from bench.servers import MYSQL_URL_NAME, DatabaseCore, DatabaseName, Failed, MySQL, Server, ServerName
@@ -127,6 +130,7 @@ class Bench:
         self.notes: list[str] = []
         self.problems: list[str] = []
         self.scale: dict[str, list[scale.Column]] = {}
+        self.transfers: dict[str, files.Transfers] = {}
         self._database_pid: int | None = None
         self._step = 0
         self._steps = len(plan.databases) * plan.repeat * (len(plan.scenarios) * len(RATED) + 1)
@@ -316,6 +320,7 @@ class Bench:
             "echo": [asdict(result) for result in self.echo],
             "measured": [asdict(cell) for cell in self.measured.values()],
             "scale": {name: [asdict(column) for column in columns] for name, columns in self.scale.items()},
+            "files": {name: asdict(transfers) for name, transfers in self.transfers.items()},
             "notes": self.notes,
             "problems": self.problems,
         }
@@ -414,7 +419,177 @@ def run_scale(bench: Bench, database: DatabaseName, sizes: list[str]) -> str:
     return "\n".join([*scale.table(database, columns), held.note, f"machine: {machine.describe()}"])
 
 
+# --- files ------------------------------------------------------------------------------------------------------
+
+
+def run_files(bench: Bench) -> str:
+    """Large files up and down, beside the same through a bare uvicorn app and nginx."""
+    size = (4 if bench.plan.short else 50) * files.MIB
+    repeat = 1 if bench.plan.short else max(5, bench.plan.repeat)
+    say(f"files: {size // files.MIB} MiB up and down, {repeat} times")
+    rows, bench.transfers = files.run(
+        bench.plan.databases, bench.folder, bench.cores, bench.mysql, size=size, repeat=repeat
+    )
+    lines = aligned(rows)
+    lines.append(
+        f"\nmedians of {repeat}; each server on core {bench.server_core}, the client on core {bench.other_core}. Bare "
+        "uvicorn writes the body to a file and syncs it;\nnginx (WebDAV PUT, static GET) does not sync. Dialect's "
+        "hashes it, too, and looks at what it is.\nmemory: how far the server's rose above where it stood, at most\n"
+        f"machine: {machine.describe()}"
+    )
+    return "\n".join(lines)
+
+
+# --- what goes on beside P4's load --------------------------------------------------------------------------------
+
+
+class Beside:
+    """The process that does something beside the measured chat (`bench.beside`)."""
+
+    def __init__(self, folder: Path, core: int | None) -> None:
+        folder.mkdir()
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "bench.beside", str(folder)],
+            cwd=servers.ROOT,
+            env=servers.child_environment(folder),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            preexec_fn=servers.on_core(core),
+        )
+        self.environment: dict[str, str] = self._answer()
+
+    def begin(self, what: str, port: int) -> None:
+        """Begin, against the server on this port. Raises Failed."""
+        self._say(orjson.dumps({"what": what, "port": port}))
+
+    def end(self) -> dict[str, int]:
+        """End; how often what was done. Raises Failed."""
+        return self._say(b"stop")
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.terminate()
+        self._process.wait()
+
+    def _say(self, line: bytes) -> dict[str, Any]:
+        assert self._process.stdin is not None
+        self._process.stdin.write(line + b"\n")
+        self._process.stdin.flush()
+        answer = self._answer()
+        if "problem" in answer:
+            raise Failed(f"what was to go on beside the chat failed: {answer['problem']}")
+        return answer
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise Failed("the process that was to do something beside the chat ended by itself")
+        answer: dict[str, Any] = orjson.loads(line)
+        return answer
+
+
+@dataclass(frozen=True, slots=True)
+class BesideScenario:
+    """P4's load, alone and with company."""
+
+    id: str
+    title: str
+    what: str
+    factor: float = 0.0
+    limit_ms: float = 0.0
+
+    @property
+    def bar(self) -> str:
+        """What is asked."""
+        return f"<= {self.factor:g}x alone" if self.factor else f"<= {self.limit_ms:g} ms"
+
+    def met(self, alone: float, beside: float) -> bool:
+        """Whether it is met, by the 99th percentiles."""
+        return beside <= (self.factor * alone if self.factor else self.limit_ms)
+
+
+BESIDE = (
+    BesideScenario("p4-beside", "P4 beside uploads, images, push", "files", limit_ms=10),
+    BesideScenario("p7", "P7 P4 beside 50 logins at once", "logins", factor=1.5),
+)
+
+
+def run_beside(bench: Bench, scenario: BesideScenario) -> str:
+    """P4's open load with something else beside it, and without, in turns."""
+    plan = bench.plan
+    rate = 300 if plan.short else 1000
+    rows: list[tuple[str, ...]] = [
+        ("scenario", "database", "alone: p50", "p99", "beside: p50", "p99", "ratio", "bar", "met?", "a second beside")
+    ]
+    # What the passwords cost is P7's whole point.
+    costs = {
+        name.upper(): str(Settings.model_fields[name].default) for name in ("argon2_memory_kib", "argon2_time_cost")
+    }
+    for database in plan.databases:
+        held = DatabaseCore()
+        beside = Beside(bench.folder / f"{scenario.id}-{database}", bench.other_core)
+        server: Server | None = None
+        try:
+            if database == "mysql" and bench.mysql is not None:
+                held = DatabaseCore.hold(bench.mysql, bench.other_core)
+            settings = {**beside.environment, **(costs if scenario.what == "logins" else {})}
+            say(f"{database}: starting dialect for {scenario.id}")
+            server = servers.start("dialect", database, bench.folder, bench.server_core, bench.mysql, settings=settings)
+            task = bench.task(server, "setup", database)
+            task.people = 2 * plan.pairs
+            made = bench.generate(server, task)
+            if made.problems:
+                raise Failed(f"dialect could not be set up: {made.problems[0]}\n{server.last_words()}")
+            task.what, task.rate, task.database_pid = "open", rate, held.pid
+            alone, together = (Measured(scenario.id, database, name) for name in ("alone", "beside"))
+            done: Counter[str] = Counter()
+            took = 0.0
+            for _ in range(plan.repeat):
+                alone.results.append(bench.generate(server, task))
+                beside.begin(scenario.what, server.port)
+                begun = time.monotonic()
+                together.results.append(bench.generate(server, task))
+                took += time.monotonic() - begun
+                done.update(beside.end())
+                say(f"{scenario.id} on {database}: {together.results[-1].latency_ms}")
+        finally:
+            if server is not None:
+                server.stop()
+            beside.close()
+            held.release()
+        for cell in (alone, together):
+            bench.measured[scenario.id, database, cell.server] = cell
+            bench.problems += [
+                f"{scenario.id} on {database}, {cell.server}: {problem}"
+                for result in cell.results
+                for problem in result.problems
+            ]
+        before, after = alone.latency("p99"), together.latency("p99")
+        rows.append(
+            (
+                scenario.title,
+                database,
+                *(f"{cell.latency(name):.1f} ms" for cell in (alone, together) for name in ("p50", "p99")),
+                f"{after / before:.2f}x" if before else "-",
+                scenario.bar,
+                "FAILED" if alone.failed or together.failed else yes(scenario.met(before, after)),
+                ", ".join(f"{count / took:.1f} {what}" for what, count in done.items()),
+            )
+        )
+    lines = aligned(rows)
+    lines.append(
+        f"\n{rate:,} messages a second in {plan.pairs} pairs, {plan.repeat} times alone and beside in turns, medians; "
+        "photos of 12 megapixels, files of 10 MiB;\nserver, image processes and hashing threads on core "
+        f"{bench.server_core}, everything else on core {bench.other_core}\nmachine: {machine.describe()}"
+    )
+    return "\n".join(lines)
+
+
 # --- the command ------------------------------------------------------------------------------------------------
+
+
+KNOWN = {"p1", "p2", "p3", "p4", "p5", "p6", "files", *(scenario.id for scenario in BESIDE)}
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -436,9 +611,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     if options.repeat is not None and options.repeat < 1:
         parser.error("--repeat must be at least 1")
     options.only = [part.strip().lower() for part in options.only.split(",") if part.strip()]
-    unknown = set(options.only) - {"p1", "p2", "p3", "p4", "p5", "p6"}
+    unknown = set(options.only) - KNOWN
     if unknown:
-        parser.error(f"--only knows p1 to p6, not {', '.join(sorted(unknown))}")
+        parser.error(f"--only knows {', '.join(sorted(KNOWN))}, not {', '.join(sorted(unknown))}")
     options.db = [part.strip().lower() for part in options.db.split(",") if part.strip()]
     if not options.db or set(options.db) - set(get_args(DatabaseName)):
         parser.error("--db takes sqlite, mysql or sqlite,mysql")
@@ -494,6 +669,11 @@ def main() -> int:
         if chosen:
             bench.run()
             print("\n" + bench.table(), flush=True)
+        if not options.only or "files" in options.only:
+            print("\n" + run_files(bench), flush=True)
+        for scenario in BESIDE:
+            if not options.only or scenario.id in options.only:
+                print("\n" + run_beside(bench, scenario), flush=True)
         if "p5" in options.only:
             print("\n" + run_idle(bench, options.connections, options.hold), flush=True)
         if "p6" in options.only or (options.short and not options.only):

@@ -44,7 +44,19 @@ def rss_kib(pid: int) -> int:
 
     Raises OSError when it is gone.
     """
-    found = re.search(r"^VmRSS:\s+(\d+)", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+    return _status_kib(pid, "VmRSS")
+
+
+def peak_rss_kib(pid: int) -> int:
+    """The most memory that was resident since the process began, or since its peak was reset.
+
+    Raises OSError when it is gone.
+    """
+    return _status_kib(pid, "VmHWM")
+
+
+def _status_kib(pid: int, name: str) -> int:
+    found = re.search(rf"^{name}:\s+(\d+)", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
     return int(found[1]) if found else 0
 
 

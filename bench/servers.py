@@ -13,7 +13,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 START_SECONDS = 60
 MYSQL_URL_NAME = "DIALECT_TEST_MYSQL_URL"
 
-ServerName = Literal["echo", "naive", "dialect"]
+ServerName = Literal["echo", "naive", "dialect", "plain", "nginx"]
 DatabaseName = Literal["sqlite", "mysql"]
 
 
@@ -136,6 +136,7 @@ def dialect_settings(folder: Path, port: int, database: dict[str, str], sockets_
         "ARGON2_TIME_COST": "1",
         "ACCESS_TOKEN_EXPIRE_MINUTES": "1440",
         "MAX_CHATS_CREATED_PER_DAY": "0",
+        "MAX_STORED_BYTES_PER_USER": "0",
         "MAX_SOCKETS_PER_USER": str(sockets_per_user),
         "LOG_LEVEL": "WARNING",
     }
@@ -149,6 +150,7 @@ def start(
     mysql: MySQL | None,
     *,
     sockets_per_user: int = 10,
+    settings: Mapping[str, str] | None = None,
 ) -> Server:
     """Start a server and wait until it answers.
 
@@ -157,12 +159,12 @@ def start(
     folder = folder / f"{name}-{database}"
     folder.mkdir(parents=True)
     (folder / "uploads").mkdir()
-    port = _free_port()
+    port = free_port()
     log = folder / "server.log"
     environment = child_environment(folder)
     schema = f"bench_{name}_{os.getpid()}_{secrets.token_hex(3)}"
     clean_up: Callable[[], None] = lambda: shutil.rmtree(folder, ignore_errors=True)  # noqa: E731
-    if database == "mysql" and name != "echo":
+    if database == "mysql" and name not in ("echo", "plain"):
         assert mysql is not None
         server = mysql
         server.run(f"CREATE DATABASE {schema} CHARACTER SET utf8mb4")
@@ -177,6 +179,8 @@ def start(
     prepare: list[str] | None = None
     if name == "echo":
         command = [*uvicorn, "bench.echo:app"]
+    elif name == "plain":
+        command = [*uvicorn, "bench.plain:app"]
     elif name == "naive":
         command = [*uvicorn, "bench.naive:app"]
         environment |= {
@@ -193,7 +197,7 @@ def start(
         if mysql is not None and database == "mysql":
             names = {"DB_HOST": mysql.host, "DB_PORT": str(mysql.port), "DB_USER": mysql.user}
             names |= {"DB_PASSWORD": mysql.password, "DB_NAME": schema}
-        environment |= dialect_settings(folder, port, names, sockets_per_user)
+        environment |= dialect_settings(folder, port, names, sockets_per_user) | dict(settings or {})
         prepare = [sys.executable, "-m", "app", "migrate"]
         command = [sys.executable, "-m", "app"]
 
@@ -226,7 +230,7 @@ def start_on(database: dict[str, str], folder: Path, core: int | None) -> Server
     Raises Failed with the end of its log when it does not.
     """
     folder = Path(tempfile.mkdtemp(prefix="dialect-", dir=folder))
-    port = _free_port()
+    port = free_port()
     environment = child_environment(folder) | dialect_settings(folder, port, {}, 10) | database
     command = [sys.executable, "-m", "app"]
     return _launch(Launch("dialect", command, folder, environment, port, core, lambda: shutil.rmtree(folder)))
@@ -245,14 +249,18 @@ def _launch(launch: Launch) -> Server:
         )
     server = Server(launch.name, launch.port, process, log, launch.clean_up)
     try:
-        _wait_until_ready(server, "/" if launch.name == "echo" else "/health/ready")
+        wait_until_ready(server, "/" if launch.name in ("echo", "plain") else "/health/ready")
     except BaseException:
         server.stop()
         raise
     return server
 
 
-def _wait_until_ready(server: Server, path: str) -> None:
+def wait_until_ready(server: Server, path: str) -> None:
+    """Wait until a path answers.
+
+    Raises Failed with the end of the server's log when it does not.
+    """
     deadline = time.monotonic() + START_SECONDS
     while True:
         if server.process.poll() is not None:
@@ -268,7 +276,8 @@ def _wait_until_ready(server: Server, path: str) -> None:
         time.sleep(0.05)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -67,16 +67,16 @@ class World:
 class Api:
     """A REST client of the server under test."""
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, at_once: int = AT_ONCE) -> None:
         self.http = httpx.AsyncClient(
             base_url=f"http://127.0.0.1:{port}/api/v1",
             timeout=60,
             trust_env=False,
-            limits=httpx.Limits(max_connections=AT_ONCE * 2),
+            limits=httpx.Limits(max_connections=at_once * 2),
         )
 
     async def call(self, method: str, path: str, token: str | None = None, **options: Any) -> Any:
-        """One request, answered by JSON.
+        """One request, answered by JSON or by nothing.
 
         Raises SetupFailed when the server refuses.
         """
@@ -87,7 +87,7 @@ class Api:
             raise SetupFailed(f"{method} {path}: {type(error).__name__} {error}") from error
         if answer.is_error:
             raise SetupFailed(f"{method} {path} answered {answer.status_code}: {answer.text[:300]}")
-        return orjson.loads(answer.content)
+        return orjson.loads(answer.content) if answer.content else None
 
     async def register(self, number: int) -> Person:
         """Make an account."""
