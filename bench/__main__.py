@@ -430,7 +430,7 @@ def run_files(bench: Bench) -> str:
     rows, bench.transfers = files.run(
         bench.plan.databases, bench.folder, bench.cores, bench.mysql, size=size, repeat=repeat
     )
-    lines = aligned(rows)
+    lines = aligned(rows, range(2, 7))
     lines.append(
         f"\nmedians of {repeat}; each server on core {bench.server_core}, the client on core {bench.other_core}. Bare "
         "uvicorn writes the body to a file and syncs it;\nnginx (WebDAV PUT, static GET) does not sync. Dialect's "
@@ -577,7 +577,7 @@ def run_beside(bench: Bench, scenario: BesideScenario) -> str:
                 ", ".join(f"{count / took:.1f} {what}" for what, count in done.items()),
             )
         )
-    lines = aligned(rows)
+    lines = aligned(rows, range(2, 7))
     lines.append(
         f"\n{rate:,} messages a second in {plan.pairs} pairs, {plan.repeat} times alone and beside in turns, medians; "
         "photos of 12 megapixels, files of 10 MiB;\nserver, image processes and hashing threads on core "
