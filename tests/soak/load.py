@@ -24,7 +24,7 @@ from tests.support.accounts import Account
 from tests.support.people import Person, people
 from tests.support.servers import Server
 
-PATIENCE = 30.0
+PATIENCE = 60.0
 WORDS = ("all", "the", "world", "is", "a", "stage", "and", "everybody", "on", "it", "says", "more", "than", "that")
 
 Json = dict[str, Any]

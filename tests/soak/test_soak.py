@@ -33,6 +33,8 @@ GROWTH_MIB = 8.0
 SPARE_FDS = 3
 """The pools of the database open connections when they first need them, and keep them."""
 PATIENCE = 30.0
+UNHURRIED = {"db_timeout_seconds": 60.0, "write_timeout_seconds": 60.0}
+"""A disk that others keep busy slows this down; it is no test of how that is answered."""
 MIB = 1024 * 1024
 
 
@@ -51,7 +53,11 @@ class Sample:
 
 async def sample(client: httpx.AsyncClient) -> Sample:
     """Ask now."""
-    shown = samples((await client.get("/metrics")).text)
+    try:
+        answer = await client.get("/metrics")
+    except httpx.TransportError:  # a connection that was closed for being idle in the very moment it was used
+        answer = await client.get("/metrics")
+    shown = samples(answer.text)
 
     def value(name: str) -> float:
         return shown[name, ()]
@@ -142,7 +148,7 @@ async def test_under_a_long_mixed_load_memory_stays_flat_and_everything_is_given
     off = {name: "" for name in Settings.model_fields if name.startswith("limit_") and not name.endswith("_burst")}
     off |= {"limit_frames_per_second": "0", "limit_messages_per_second": "0"}
     server = start_server(
-        settings.model_copy(update={"argon2_memory_kib": 1024, "argon2_time_cost": 1}),
+        settings.model_copy(update={"argon2_memory_kib": 1024, "argon2_time_cost": 1, **UNHURRIED}),
         **{name.upper(): value for name, value in off.items()},
     )
     await soak(server, "MySQL" if settings.uses_mysql else "SQLite")
