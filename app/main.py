@@ -68,7 +68,7 @@ def create_app(settings: Settings | None = None, clock: Clock | None = None) -> 
         version=__version__,
         description=DESCRIPTION,
         lifespan=lifespan,
-        middleware=middleware(settings, services.clock),
+        middleware=middleware(settings, services.clock, services.admission),
         docs_url=None,  # FastAPI's own pages load their scripts from another site
         redoc_url=None,
         openapi_url="/openapi.json" if settings.docs_enabled else None,

@@ -63,7 +63,7 @@ class Cast:
                 session, row.id, low=row.last_seq, high=row.last_seq, newest_first=True, limit=1
             )
             account_versions = await accounts.account_versions(session, [READER])
-            cursors = await chats.list_cursors(session, READER)
+            cursors = (await chats.list_cursors(session, [READER]))[READER]
         return cls(
             size,
             services,
@@ -420,7 +420,7 @@ async def _newest(cast: Cast, session: AsyncSession) -> object:
 
 @_query("the session of a request", 1)
 async def _session(cast: Cast, session: AsyncSession) -> object:
-    return await sessions.find_session(session, READER)
+    return await sessions.find_sessions(session, [READER])
 
 
 @_query("logging in", 5)
@@ -432,7 +432,7 @@ async def _log_in(cast: Cast, session: AsyncSession) -> object:
 
 @_query("the chats of a connection", lambda size: 2 * size.reader_chats + 5)
 async def _cursors(cast: Cast, session: AsyncSession) -> object:
-    return await chats.list_cursors(session, READER)
+    return await chats.list_cursors(session, [READER])
 
 
 # --- the writer -------------------------------------------------------------------------------------------------

@@ -138,6 +138,7 @@ def dialect_settings(folder: Path, port: int, database: dict[str, str], sockets_
         "MAX_CHATS_CREATED_PER_DAY": "0",
         "MAX_STORED_BYTES_PER_USER": "0",
         "MAX_SOCKETS_PER_USER": str(sockets_per_user),
+        "MAX_SOCKETS_PER_IP": "0",
         "LOG_LEVEL": "WARNING",
     }
 

@@ -45,6 +45,17 @@ async def get_caller(services: ServicesDep, token: Annotated[str | None, Depends
 CallerDep = Annotated[Caller, Depends(get_caller)]
 
 
+async def take_turn(services: ServicesDep, caller: CallerDep) -> AsyncIterator[Caller]:
+    """Who is calling, in the lane of what can wait: lists, searches, history. Raises Unavailable (`overloaded`)."""
+    async with services.admission.bulk.turn():
+        yield caller
+
+
+# `function`: the next may have its turn while this answer is still being sent.
+BulkCallerDep = Annotated[Caller, Depends(take_turn, scope="function")]
+"""The caller of a route that is refused first when there is too much to do; see `problems("overloaded")`."""
+
+
 async def get_uow(services: ServicesDep) -> AsyncIterator[UnitOfWork]:
     """A unit of work that commits before the answer leaves."""
     async with services.unit_of_work() as uow:

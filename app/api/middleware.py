@@ -1,6 +1,6 @@
 """What happens around every request, as plain ASGI: ids, the access log, headers, body limits, the last resort.
 
-From the outside in: StartupGuard, RequestLog, SecurityHeaders, CORS, LastResort, BodyGuard.
+From the outside in: StartupGuard, RequestLog, SecurityHeaders, SocketDoor, CORS, LastResort, BodyGuard.
 """
 
 from __future__ import annotations
@@ -20,11 +20,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocketDisconnect
 
 from app.api.problems import DETAILS, BodyRefused, error_response, internal_error
+from app.api.socket_door import SocketDoor
 from app.core import metrics
 from app.core.clock import Clock
 from app.core.config import Settings
 from app.core.errors import BadInput, DialectError, NotFound, StartupError, TooLarge, file_too_large
 from app.core.logging import request_id
+from app.services.admission import Admission
 
 log = logging.getLogger(__name__)
 access_log = logging.getLogger("app.access")
@@ -36,12 +38,13 @@ QUIET_PATHS = ("/health/", "/metrics")
 """Asked every few seconds by machines: logged only when they fail."""
 
 
-def middleware(settings: Settings, clock: Clock) -> list[Middleware]:
+def middleware(settings: Settings, clock: Clock, admission: Admission) -> list[Middleware]:
     """The stack, outermost first."""
     stack = [
         Middleware(StartupGuard),
         Middleware(RequestLog, clock=clock),
         Middleware(SecurityHeaders, hsts_seconds=settings.hsts_seconds),
+        Middleware(SocketDoor, admission=admission),
     ]
     if settings.allowed_origins:
         stack.append(

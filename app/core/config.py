@@ -162,6 +162,15 @@ class Settings(BaseSettings):
     socket_max_unsent_bytes: int = Field(1024 * 1024, ge=64 * 1024, description="A slower reader is closed (4408).")
     socket_heartbeat_seconds: float = Field(25, gt=0, description="Between heartbeats to a client.")
     socket_timeout_seconds: float = Field(20, gt=0, description="A peer that leaves a ping unanswered is dead.")
+    socket_greeting_seconds: float = Field(
+        10, gt=0, description="A socket that cannot be greeted by then is asked to come back later (1013)."
+    )
+    max_sockets: int = Field(
+        0, ge=0, description="Open sockets of one process; 0: nine tenths of the files that it may open."
+    )
+    max_sockets_per_ip: int = Field(
+        1000, ge=0, description="Open sockets from one address (of IPv6: from one /64); 0 for no bound."
+    )
     max_sockets_per_user: int = Field(10, ge=1, description="Open sockets of one account; the oldest gives way.")
     max_presence_subscriptions: int = Field(128, ge=0, description="People one socket may watch.")
 
@@ -170,6 +179,17 @@ class Settings(BaseSettings):
     writer_queue_max: int = Field(20_000, ge=1, description="Changes waiting; beyond: `overloaded`.")
     write_timeout_seconds: float = Field(4.0, gt=0, description="A change not committed by then is refused.")
     sweep_seconds: float = Field(1.5, gt=0, description="Between searches for changes that nobody announced.")
+
+    # Shedding: what can wait is refused first
+    bulk_queue: int = Field(
+        100, ge=0, description="Searches, history and lists that may wait for a database connection; beyond: 503."
+    )
+    bulk_wait_seconds: float = Field(2.0, gt=0, description="And so long; then: 503.")
+    max_loop_lag_seconds: float = Field(
+        0.5,
+        gt=0,
+        description="A busier event loop serves no searches, history and lists; at 4 times this, no new socket.",
+    )
 
     # Rate limits: `N/period` as the `limits` library reads them; empty switches one off.
     limit_register_per_ip: str = Field("30/hour", description="Registrations from one address.")
@@ -182,6 +202,10 @@ class Settings(BaseSettings):
     limit_search_per_user: str = Field("60/minute", description="Searches of one account.")
     limit_username_checks_per_ip: str = Field("100/minute", description="Availability look-ups from one address.")
     limit_requests_per_user: str = Field("50/second", description="REST requests of one account.")
+    limit_connects_per_second: float = Field(1000, ge=0, description="Sockets opened a second, of one process.")
+    limit_connects_burst: int = Field(2000, ge=1, description="Sockets opened at once, of one process.")
+    limit_connects_per_ip_per_second: float = Field(20, ge=0, description="Sockets opened a second from one address.")
+    limit_connects_per_ip_burst: int = Field(200, ge=1, description="Sockets opened at once from one address.")
     limit_frames_per_second: float = Field(50, ge=0, description="Frames a second from one socket.")
     limit_frames_burst: int = Field(200, ge=1, description="Frames a socket may send at once.")
     limit_small_frames_per_second: int = Field(

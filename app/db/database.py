@@ -143,7 +143,9 @@ class Database:
         """SQLite allows one writer: here they queue in order, at the file they would have to try again and again."""
         self._mysql_logs: list[MySQLLogConnection] = []
         """The writer's connections that are idle."""
-        self.bulk_reads = BulkReads((settings.db_pool_size if self.is_mysql else SQLITE_READERS) // 2)
+        self.readers = settings.db_pool_size if self.is_mysql else SQLITE_READERS
+        """Reads that can run at once."""
+        self.bulk_reads = BulkReads(self.readers // 2)
         self._mysql_connect = {"connect_timeout": settings.db_timeout_seconds, "init_command": MYSQL_SESSION}
         url = database_url(settings, driver="async")
         if self.is_mysql:

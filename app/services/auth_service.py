@@ -35,6 +35,7 @@ from app.db.repositories.sessions import SessionRow
 from app.db.repositories.users import UserRow
 from app.db.schemas import Device, Registered, RegisterIn, Ticket, Tokens
 from app.services.caller import Caller
+from app.services.coalescer import Coalescer
 from app.services.rate_limiter import RateLimiter, address_key
 from app.services.ticket_store import TicketStore
 from app.services.unit_of_work import UnitOfWork, UnitOfWorkFactory
@@ -45,6 +46,8 @@ log = logging.getLogger(__name__)
 CACHE_SECONDS = 60.0
 """For so long a session is believed alive without asking; what ends here is forgotten at once."""
 CACHED_SESSIONS = 50_000
+SESSIONS_AT_ONCE = 500
+"""Sessions checked by one statement, when many come together."""
 SEEN_DELAY_SECONDS = 1.0
 SEEN_BATCH = 5_000
 """So many uses of sessions are stored by one statement."""
@@ -87,6 +90,7 @@ class AuthService:
         self._secret_key = settings.secret_key.get_secret_value().encode()
         self._alive: OrderedDict[int, _Alive] = OrderedDict()
         self._endings = 0
+        self._sessions: Coalescer[int, SessionRow] = Coalescer(self._read_sessions, most=SESSIONS_AT_ONCE)
         self._seen: dict[int, datetime] = {}
         """When sessions were last used, as long as it is not stored."""
         self._storing = asyncio.Lock()
@@ -269,8 +273,7 @@ class AuthService:
     async def _check_session(self, session_id: int, now: datetime) -> _Alive | None:
         endings = self._endings
         checked_at = self.clock.monotonic()
-        async with self.database.reading() as reading:
-            row = await session_repository.find_session(reading, session_id)
+        row = await self._sessions.get(session_id)
         if row is None or not row.is_alive(now):
             self._alive.pop(session_id, None)
             return None
@@ -283,6 +286,10 @@ class AuthService:
         if now - row.last_seen_at >= timedelta(seconds=CACHE_SECONDS):
             self._saw(session_id, now)
         return alive
+
+    async def _read_sessions(self, session_ids: Sequence[int]) -> dict[int, SessionRow]:
+        async with self.database.reading() as reading:
+            return {row.id: row for row in await session_repository.find_sessions(reading, session_ids)}
 
     # --- when sessions were last used ---
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from enum import IntEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 from app.core import metrics
 from app.core.clock import Clock, timestamp
@@ -26,7 +26,9 @@ from app.db.repositories import chats as chats_repository
 from app.db.repositories import sessions as sessions_repository
 from app.db.repositories.chats import ChatCursor
 from app.db.schemas import ResumeIn
+from app.services.admission import Admission
 from app.services.chat_log.roster import Roster
+from app.services.coalescer import Coalescer
 from app.services.transport import Frames, Transport
 
 log = logging.getLogger(__name__)
@@ -35,6 +37,8 @@ DIGEST_PRIME = 65521
 DIGEST_MODULUS = 2147483647
 CATCH_UP_FLUSH_BYTES = 64 * 1024
 HELD_FRAMES_MAX = 1000
+LOADED_AT_ONCE = 64
+"""Users whose chats are read together: with hundreds of chats each they still take the loop only for moments."""
 TICK_SECONDS = 1.0
 TOKEN_WARNING_SECONDS = 60.0
 
@@ -43,6 +47,7 @@ class CloseCode(IntEnum):
     """Why the server closes a socket (4000 to 4999 are the application's own, RFC 6455 section 7.4.2)."""
 
     RESTART = 1012
+    TRY_LATER = 1013
     UNAUTHENTICATED = 4401
     SLOW = 4408
     REPLACED = 4409
@@ -368,6 +373,13 @@ class Channel:
         return self._audience[1]
 
 
+class LoadedChats(NamedTuple):
+    """A user's chats, and the account version that was read before them."""
+
+    account_version: int
+    cursors: list[ChatCursor]
+
+
 ChatEvents = Callable[[int, int, int | None], AsyncIterator[CatchUpEvent]]
 ResumeEvents = Callable[["OnlineUser", ResumeIn, str | None], AsyncIterator[CatchUpEvent]]
 SocketsListener = Callable[[int], None]
@@ -376,10 +388,12 @@ SocketsListener = Callable[[int], None]
 class ConnectionManager:
     """All sockets of this process."""
 
-    def __init__(self, *, settings: Settings, clock: Clock, database: Database) -> None:
+    def __init__(self, *, settings: Settings, clock: Clock, database: Database, admission: Admission) -> None:
         self._settings = settings
         self._clock = clock
         self._database = database
+        self._admission = admission
+        self._chats: Coalescer[int, LoadedChats] = Coalescer(self._read_chats, most=LOADED_AT_ONCE)
         self.users: dict[int, OnlineUser] = {}
         self.channels: dict[int, Channel] = {}
         self.max_unsent_bytes = settings.socket_max_unsent_bytes
@@ -426,11 +440,16 @@ class ConnectionManager:
             log.warning("drain_timed_out", extra={"sockets": self.count})
 
     def close_all(self) -> None:
-        """Ask every client to come back later."""
+        """Ask every client to come back later, not all at once."""
         self.draining = True
+        count = self.count
         for user in list(self.users.values()):
             for connection in list(user.connections):
-                connection.close(CloseCode.RESTART, "server restarts")
+                connection.close(CloseCode.RESTART, f"server restarts; {self.retry_hint(count)}")
+
+    def retry_hint(self, count: int) -> str:
+        """What the reason of a close says of when to come back, to one of `count` who are told."""
+        return f"retry-after={self._admission.return_in(count):.1f}"
 
     def spawn(self, coroutine: Coroutine[Any, Any, None], name: str) -> None:
         """Run something beside; its failure is logged, never lost."""
@@ -506,30 +525,36 @@ class ConnectionManager:
         for listener in self.listeners:
             listener(user_id)
 
-    async def load_chats(self, user: OnlineUser) -> list[ChatCursor]:
+    async def load_chats(self, user: OnlineUser) -> LoadedChats:
         """Read a user's chats and subscribe their connections to exactly these.
 
+        Whoever comes while others are read for is read for with the next, together: after a restart everybody comes.
         Raises Unavailable.
         """
         user.loading += 1
         try:
-            async with self._database.bulk_reads, self._database.reading() as session:
-                account_version = await accounts_repository.account_versions(session, [user.id])
-                chats = await chats_repository.list_cursors(session, user.id)
+            loaded = await self._chats.get(user.id) or LoadedChats(0, [])
             if not user.connections:
-                return chats  # they left while this was read
-            user.account_version = max(user.account_version, account_version.get(user.id, 0))
-            current = {chat.chat_id for chat in chats}
+                return loaded  # they left while this was read
+            user.account_version = max(user.account_version, loaded.account_version)
+            current = {chat.chat_id for chat in loaded.cursors}
             for chat_id in user.chats - current - user.moved:
                 self.leave(user.id, chat_id)
-            for chat in chats:
+            for chat in loaded.cursors:
                 if chat.chat_id not in user.moved:
                     self._subscribe(user, chat.chat_id, chat.version)
         finally:
             user.loading -= 1
             if not user.loading:
                 user.moved.clear()
-        return chats
+        return loaded
+
+    async def _read_chats(self, user_ids: Sequence[int]) -> dict[int, LoadedChats]:
+        async with self._database.bulk_reads, self._database.reading() as session:
+            # The version first: what changes meanwhile is told twice rather than never.
+            versions = await accounts_repository.account_versions(session, user_ids)
+            cursors = await chats_repository.list_cursors(session, user_ids)
+        return {user_id: LoadedChats(versions.get(user_id, 0), cursors.get(user_id, [])) for user_id in user_ids}
 
     def _subscribe(self, user: OnlineUser, chat_id: int, version: int) -> None:
         channel = self.channels.get(chat_id)

@@ -17,6 +17,7 @@ from app.db.database import Database
 from app.db.repositories import accounts as account_repository
 from app.db.repositories import ids as id_repository
 from app.db.repositories import users as user_repository
+from app.services.admission import Admission
 from app.services.auth_service import AuthService
 from app.services.avatar_service import AvatarService
 from app.services.block_service import BlockService
@@ -60,6 +61,7 @@ class Services:
     settings: Settings
     clock: Clock
     database: Database
+    admission: Admission
     ids: IdAllocator
     rosters: RosterCache
     appender: Appender
@@ -97,6 +99,7 @@ class Services:
         await self.database.start()
         async with self.database.reading() as session:
             self.catch_up.epoch = await account_repository.epoch(session)
+        self.admission.start()
         self.connections.start()
         if self.cluster.bus is None:  # else once the bus is heard: a name taken before would be missed
             self.cool_usernames()
@@ -126,6 +129,7 @@ class Services:
         await self.notifications.stop()
         await self.presence.flush()
         await self.connections.stop()
+        await self.admission.stop()
         await self.sequencer.stop()
         await self.auth.close()
         await self.cluster.stop()
@@ -173,10 +177,11 @@ def build_services(settings: Settings, clock: Clock | None = None) -> Services:
     """All parts, wired and not started. Raises StartupError when the settings name what cannot be used."""
     clock = clock or SystemClock()
     database = Database(settings)
+    admission = Admission(settings, clock, readers=database.readers)
     ids = IdAllocator(_lease(database))
     rosters = RosterCache()
     appender = Appender(rosters, clock, receipts_members_max=settings.receipts_members_max)
-    connections = ConnectionManager(settings=settings, clock=clock, database=database)
+    connections = ConnectionManager(settings=settings, clock=clock, database=database, admission=admission)
     online = Online(connections)
     redis = redis_client(settings.redis_url.get_secret_value()) if settings.redis_url is not None else None
     bus = Bus(redis, clock) if redis is not None else None
@@ -195,7 +200,7 @@ def build_services(settings: Settings, clock: Clock | None = None) -> Services:
     notifications = NotificationService(
         settings=settings, clock=clock, database=database, unit_of_work=unit_of_work, online=online
     )
-    catch_up = CatchUpService(settings=settings, database=database, connections=connections)
+    catch_up = CatchUpService(settings=settings, clock=clock, database=database, connections=connections)
     connections.chat_events = catch_up.chat
     connections.resume_events = catch_up.resume
     presence = PresenceService(
@@ -221,6 +226,7 @@ def build_services(settings: Settings, clock: Clock | None = None) -> Services:
         settings=settings,
         clock=clock,
         database=database,
+        admission=admission,
         ids=ids,
         rosters=rosters,
         appender=appender,

@@ -7,7 +7,7 @@ from typing import Annotated
 from fastapi import APIRouter, Body, Path, Query, Response
 from fastapi.openapi.models import Example
 
-from app.api.deps import CallerDep, ServicesDep, UowDep, cursor_query
+from app.api.deps import BulkCallerDep, CallerDep, ServicesDep, UowDep, cursor_query
 from app.api.problems import problems
 from app.db.events import DeleteMessageCommand, EditMessageCommand, MessageReadCommand, NewMessageCommand
 from app.db.schemas import (
@@ -55,10 +55,10 @@ SEND_EXAMPLES: dict[str, Example] = {
 }
 
 
-@router.get("", summary="My chats")
+@router.get("", summary="My chats", responses=problems("overloaded"))
 async def list_chats(
     services: ServicesDep,
-    caller: CallerDep,
+    caller: BulkCallerDep,
     cursor: ChatCursor = None,
     limit: Limit = 50,
     pinned: Annotated[bool | None, Query(description="Only chats that are pinned, or with false, are not.")] = None,
@@ -125,9 +125,9 @@ async def edit_chat(services: ServicesDep, caller: CallerDep, uow: UowDep, chat_
     return await services.chats.edit(uow, caller.user_id, chat_id, body)
 
 
-@router.get("/{chat_id:int}/members", summary="Who is in a chat")
+@router.get("/{chat_id:int}/members", summary="Who is in a chat", responses=problems("overloaded"))
 async def list_members(
-    services: ServicesDep, caller: CallerDep, chat_id: ChatId, cursor: MemberCursor = None, limit: Limit = 100
+    services: ServicesDep, caller: BulkCallerDep, chat_id: ChatId, cursor: MemberCursor = None, limit: Limit = 100
 ) -> Members:
     """Members by user id, with their profiles."""
     return await services.chats.list_members(caller.user_id, chat_id, cursor=cursor, limit=limit)
@@ -264,9 +264,11 @@ async def mark_message_read(services: ServicesDep, caller: CallerDep, chat_id: C
     )
 
 
-@router.get("/{chat_id:int}/messages/{message_id:int}/readers", summary="Who has read it")
+@router.get(
+    "/{chat_id:int}/messages/{message_id:int}/readers", summary="Who has read it", responses=problems("overloaded")
+)
 async def list_message_readers(
-    services: ServicesDep, caller: CallerDep, chat_id: ChatId, message_id: MessageId
+    services: ServicesDep, caller: BulkCallerDep, chat_id: ChatId, message_id: MessageId
 ) -> Readers:
     """Who has read a message, and whom it has reached."""
     return await services.messages.readers(caller.user_id, chat_id, message_id)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Path, Query, Request
 
-from app.api.deps import CallerDep, ServicesDep
+from app.api.deps import BulkCallerDep, CallerDep, ServicesDep
 from app.api.multipart import UPLOAD_BODY, UPLOAD_CODES, receive_file
 from app.api.problems import problems
 from app.db.events import CatchUpEvent
@@ -17,10 +17,10 @@ router = APIRouter(prefix="/messages", tags=["Messages"])
 SeqQuery = Annotated[int | None, Query(ge=0, le=MAX_ID)]
 
 
-@router.get("/history/{chat_id:int}", summary="History of a chat")
+@router.get("/history/{chat_id:int}", summary="History of a chat", responses=problems("overloaded"))
 async def get_history(
     services: ServicesDep,
-    caller: CallerDep,
+    caller: BulkCallerDep,
     chat_id: Annotated[int, Path(ge=1, le=MAX_ID, description="Id of a chat the caller is in.", examples=[1])],
     before: Annotated[SeqQuery, Query(description="Messages older than this seq.")] = None,
     after: Annotated[SeqQuery, Query(description="Messages newer than this seq.")] = None,
@@ -52,8 +52,8 @@ async def upload_file(request: Request, services: ServicesDep, caller: CallerDep
         return await services.files.add(caller.user_id, incoming, part.name, part.content_type)
 
 
-@router.post("/resume", summary="Catch up")
-async def catch_up(services: ServicesDep, caller: CallerDep, body: ResumeIn) -> list[CatchUpEvent]:
+@router.post("/resume", summary="Catch up", responses=problems("overloaded"))
+async def catch_up(services: ServicesDep, caller: BulkCallerDep, body: ResumeIn) -> list[CatchUpEvent]:
     """What the caller missed since the versions it gives: the events that `resume` over the socket would send.
 
     The last one is `resumed`; with `complete: false` there is more: apply what came and ask again.

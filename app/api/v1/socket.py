@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 from collections.abc import Coroutine
@@ -16,6 +17,7 @@ from starlette.responses import Response
 from app.api import problems
 from app.api.asgi_transport import serve_socket
 from app.api.deps import ServicesDep
+from app.api.socket_door import PLACE
 from app.core import metrics
 from app.core.clock import timestamp
 from app.core.errors import BadInput, DialectError, Forbidden, TooManyRequests, Unauthenticated, Unavailable
@@ -36,6 +38,7 @@ from app.db.events import (
     TypingCommand,
 )
 from app.db.schemas import ResumeIn
+from app.services.admission import Place
 from app.services.caller import Caller
 from app.services.chat_log.changes import Done
 from app.services.connection_manager import CloseCode, Connection
@@ -89,9 +92,10 @@ async def socket(
         # Before the handshake is accepted, a refusal is an ordinary HTTP answer.
         await websocket.send_denial_response(problems.error_response(error))
         return
+    place: Place = websocket.scope[PLACE]
     await serve_socket(
         websocket,
-        lambda transport: SocketReceiver(services, caller, transport),
+        lambda transport: SocketReceiver(services, caller, transport, place),
         services.settings.socket_max_frame_bytes,
         services.settings.limit_small_frames_per_second,
     )
@@ -122,7 +126,7 @@ async def _authenticate(websocket: WebSocket, services: Services, token: str | N
 class SocketReceiver(Receiver):
     """One client's frames: parsed, limited, handed to a service, answered."""
 
-    def __init__(self, services: Services, caller: Caller, transport: Transport) -> None:
+    def __init__(self, services: Services, caller: Caller, transport: Transport, place: Place) -> None:
         self._services = services
         self._caller = caller
         self._transport = transport
@@ -142,17 +146,25 @@ class SocketReceiver(Receiver):
             transport, caller.user_id, caller.session_id, caller.expires_at
         )
         metrics.socket_connects.inc()
+        self._place = place
+        place.kept = True
         self._connections.spawn(self._greet(), "greet")
 
     async def _greet(self) -> None:
         """Subscribe to the user's chats, say hello, then look at what the client was too eager to hold back."""
         connection = self._connection
         try:
-            await self._connections.load_chats(connection.user)
-            # A session that ended after the door was passed and before the socket was known would stay open.
-            if not await self._services.auth.is_alive(self._caller):
+            async with asyncio.timeout(self._services.settings.socket_greeting_seconds):
+                await self._connections.load_chats(connection.user)
+                # A session that ended after the door was passed and before the socket was known would stay open.
+                alive = await self._services.auth.is_alive(self._caller)
+            if not alive:
                 connection.close(CloseCode.UNAUTHENTICATED, "session ended")
                 return
+        except TimeoutError:
+            hint = self._connections.retry_hint(self._connections.count)
+            connection.close(CloseCode.TRY_LATER, f"too many are coming; {hint}")
+            return
         except Unavailable:
             connection.close(CloseCode.RESTART, "the database does not answer")
             return
@@ -231,6 +243,7 @@ class SocketReceiver(Receiver):
         metrics.count_close(code, ours=self._connection.closing)
         self._services.presence.forget(self._connection)
         self._connections.remove(self._connection)
+        self._place.leave()
 
     # --- commands ---
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Body, Path, Query
 
-from app.api.deps import CallerDep, ClientIp, ServicesDep, UowDep, cursor_query
+from app.api.deps import BulkCallerDep, CallerDep, ClientIp, ServicesDep, UowDep, cursor_query
 from app.api.problems import problems
 from app.db.schemas import MAX_ID, Availability, Me, Profile, ProfileIn, SearchText, Username, UserPage
 from app.services.block_service import BLOCKED_CURSOR
@@ -43,14 +43,14 @@ async def update_me(
     return await services.users.update_profile(uow, caller.user_id, body)
 
 
-@router.get("/search", summary="Find people", responses=problems("query_too_short"))
+@router.get("/search", summary="Find people", responses=problems("query_too_short", "overloaded"))
 async def search_users(
     q: Annotated[
         SearchText,
         Query(description="At least 3 characters, not counting an @ before them.", examples=["john"]),
     ],
     services: ServicesDep,
-    caller: CallerDep,
+    caller: BulkCallerDep,
     cursor: SearchCursor = None,
     limit: Annotated[int, Query(ge=1, le=20, description="People of a page, at most.")] = 20,
 ) -> UserPage:
@@ -69,10 +69,10 @@ async def check_username(username: Annotated[Username, Query()], services: Servi
     return await services.users.username_available(username, ip)
 
 
-@router.get("/blocked", summary="List the blocked")
+@router.get("/blocked", summary="List the blocked", responses=problems("overloaded"))
 async def list_blocked_users(
     services: ServicesDep,
-    caller: CallerDep,
+    caller: BulkCallerDep,
     cursor: BlockedCursor = None,
     limit: Annotated[int, Query(ge=1, le=100, description="People of a page, at most.")] = 50,
 ) -> UserPage:

@@ -653,3 +653,17 @@ async def list_hidden(session: AsyncSession, user_id: int, chat_id: int, seqs: S
         select(HIDDEN.c.seq).where(HIDDEN.c.user_id == user_id, HIDDEN.c.chat_id == chat_id, HIDDEN.c.seq.in_(seqs))
     )
     return frozenset(result.scalars())
+
+
+async def list_hidden_among(
+    session: AsyncSession, user_ids: Sequence[int], chat_ids: Sequence[int], seqs: Sequence[int]
+) -> set[tuple[int, int, int]]:
+    """(user_id, chat_id, seq) of messages that some of these people deleted for themselves."""
+    if not seqs:
+        return set()
+    result = await session.execute(
+        select(HIDDEN.c.user_id, HIDDEN.c.chat_id, HIDDEN.c.seq).where(
+            HIDDEN.c.user_id.in_(user_ids), HIDDEN.c.chat_id.in_(chat_ids), HIDDEN.c.seq.in_(seqs)
+        )
+    )
+    return {(row[0], row[1], row[2]) for row in result}

@@ -28,7 +28,7 @@ from app.db.models import Chat, ChatMember, HiddenMessage, Message
 from app.db.repositories.chat_log import MEMBER_COLUMNS, MESSAGE_COLUMNS, MemberRow, MessageRow, database_now, is_mysql
 from app.db.repositories.chat_settings import SETTINGS, SETTINGS_COLUMNS, ChatSettingsRow
 from app.db.repositories.drafts import DRAFT, DRAFT_COLUMNS, DraftRow
-from app.db.repositories.keys import in_order_of
+from app.db.repositories.keys import in_order_of, key_conditions
 
 CHAT = cast(Table, Chat.__table__)
 MEMBER = cast(Table, ChatMember.__table__)
@@ -110,14 +110,17 @@ async def insert_chat(
     )
 
 
-async def list_cursors(session: AsyncSession, user_id: int) -> list[ChatCursor]:
-    """All chats the user is in, with their versions."""
+async def list_cursors(session: AsyncSession, user_ids: Sequence[int]) -> dict[int, list[ChatCursor]]:
+    """All chats that users are in, with their versions, by user id; who is in none is left out."""
     result = await session.execute(
-        select(CHAT.c.id, CHAT.c.version, MEMBER.c.joined_version)
+        select(MEMBER.c.user_id, CHAT.c.id, CHAT.c.version, MEMBER.c.joined_version)
         .select_from(MEMBER.join(CHAT, CHAT.c.id == MEMBER.c.chat_id))
-        .where(MEMBER.c.user_id == user_id, MEMBER.c.left_seq.is_(None))
+        .where(MEMBER.c.user_id.in_(user_ids), MEMBER.c.left_seq.is_(None))
     )
-    return [ChatCursor(*row) for row in result]
+    cursors: dict[int, list[ChatCursor]] = {}
+    for user_id, *cursor in result:
+        cursors.setdefault(user_id, []).append(ChatCursor(*cursor))
+    return cursors
 
 
 async def find_cursor(session: AsyncSession, chat_id: int, user_id: int) -> ChatCursor | None:
@@ -129,6 +132,19 @@ async def find_cursor(session: AsyncSession, chat_id: int, user_id: int) -> Chat
     )
     row = result.first()
     return ChatCursor(*row) if row else None
+
+
+async def find_cursors(session: AsyncSession, places: Sequence[tuple[int, int]]) -> dict[tuple[int, int], ChatCursor]:
+    """Like `find_cursor`, of many (chat_id, user_id); who is not in the chat is left out."""
+    found: dict[tuple[int, int], ChatCursor] = {}
+    for condition in key_conditions(MEMBER.c.chat_id, MEMBER.c.user_id, places):
+        result = await session.execute(
+            select(MEMBER.c.user_id, CHAT.c.id, CHAT.c.version, MEMBER.c.joined_version)
+            .select_from(MEMBER.join(CHAT, CHAT.c.id == MEMBER.c.chat_id))
+            .where(condition, MEMBER.c.left_seq.is_(None))
+        )
+        found.update({(row[1], row[0]): ChatCursor(*row[1:]) for row in result})
+    return found
 
 
 def _page_of_chats(
@@ -303,6 +319,17 @@ async def find_membership(session: AsyncSession, chat_id: int, user_id: int) -> 
     )
     row = result.first()
     return MemberRow(*row) if row else None
+
+
+async def find_memberships(
+    session: AsyncSession, places: Sequence[tuple[int, int]]
+) -> dict[tuple[int, int], MemberRow]:
+    """Like `find_membership`, of many (chat_id, user_id)."""
+    found: dict[tuple[int, int], MemberRow] = {}
+    for condition in key_conditions(MEMBER.c.chat_id, MEMBER.c.user_id, places):
+        result = await session.execute(select(*MEMBER_COLUMNS).where(condition, MEMBER.c.left_seq.is_(None)))
+        found.update({(row[0], row[1]): MemberRow(*row) for row in result})
+    return found
 
 
 async def list_members(session: AsyncSession, chat_id: int, *, after: int, limit: int) -> list[MemberRow]:

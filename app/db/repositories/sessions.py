@@ -52,10 +52,10 @@ async def insert_session(session: AsyncSession, row: SessionRow, token_hash: byt
     await insert_token(session, token_hash, row.id, row.created_at)
 
 
-async def find_session(session: AsyncSession, session_id: int) -> SessionRow | None:
-    """A session by id."""
-    row = (await session.execute(select(*SESSION_COLUMNS).where(SESSION.c.id == session_id))).first()
-    return SessionRow(*row) if row else None
+async def find_sessions(session: AsyncSession, session_ids: Sequence[int]) -> list[SessionRow]:
+    """Sessions by id, in no order; missing ones are left out."""
+    result = await session.execute(select(*SESSION_COLUMNS).where(SESSION.c.id.in_(session_ids)))
+    return [SessionRow(*row) for row in result]
 
 
 async def lock_session(session: AsyncSession, session_id: int) -> SessionRow | None:

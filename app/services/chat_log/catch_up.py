@@ -8,14 +8,18 @@ always safe to continue from.
 
 from __future__ import annotations
 
+import asyncio
+from collections import OrderedDict
 from collections.abc import AsyncIterator, Sequence
+from typing import NamedTuple
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.core import metrics
+from app.core.clock import Clock
 from app.core.config import Settings
 from app.db.database import Database
-from app.db.events import CatchUpEvent, ResetEvent
+from app.db.events import CatchUpEvent, ChatChangesEvent, ChatInfo, ResetEvent
 from app.db.repositories import accounts as accounts_repository
 from app.db.repositories import chat_log as repository
 from app.db.repositories import chat_settings as chat_settings_repository
@@ -24,7 +28,7 @@ from app.db.repositories import drafts as drafts_repository
 from app.db.repositories import user_settings as user_settings_repository
 from app.db.repositories.chat_log import MessageRow
 from app.db.repositories.chats import ChatCursor
-from app.db.schemas import MAX_ID, Message, ResumeIn
+from app.db.schemas import MAX_ID, Member, Message, ResumeIn
 from app.services.chat_log.views import (
     chat_settings_view,
     chat_view,
@@ -33,7 +37,8 @@ from app.services.chat_log.views import (
     member_view,
     message_view,
 )
-from app.services.connection_manager import ConnectionManager, OnlineUser
+from app.services.coalescer import Coalescer
+from app.services.connection_manager import ConnectionManager, LoadedChats, OnlineUser
 from app.services.user_service import users_seen_by
 from app.services.user_settings_service import user_settings_view
 
@@ -41,6 +46,34 @@ PAGE_MESSAGES = 100
 PAGE_MEMBERS = 200
 PAGE_BYTES = 64 * 1024
 """Of text in a page: what a slow phone reads in a few seconds."""
+SHORT_AT_ONCE = 128
+"""Short catch-ups that are read together."""
+SHORT_OF_ONE = 16
+"""Of these one client has so many read ahead."""
+SHARED_PAGES = 256
+SHARED_SECONDS = 10.0
+
+
+class _Wanted(NamedTuple):
+    """Somebody who missed what came to a chat after a version."""
+
+    chat_id: int
+    user_id: int
+    since: int
+
+    @property
+    def place(self) -> tuple[int, int]:
+        return self.chat_id, self.user_id
+
+
+class _Missed(NamedTuple):
+    """What came to a chat after a version, whoever asks; `version` was the chat's before the rest was read."""
+
+    version: int
+    messages: list[MessageRow]
+    members: list[Member]
+    info: ChatInfo | None
+    read_at: float
 
 
 async def visible_messages(
@@ -64,10 +97,16 @@ def within_bytes(rows: Sequence[MessageRow]) -> Sequence[MessageRow]:
 class CatchUpService:
     """Reads what clients missed, for sockets and for REST alike."""
 
-    def __init__(self, *, settings: Settings, database: Database, connections: ConnectionManager) -> None:
+    def __init__(self, *, settings: Settings, clock: Clock, database: Database, connections: ConnectionManager) -> None:
         self._settings = settings
+        self._clock = clock
         self._database = database
         self._connections = connections
+        self._short_gap = min(PAGE_MESSAGES, settings.resume_max_changes)
+        """Who is further behind takes the long way, or starts afresh."""
+        self._short: Coalescer[_Wanted, list[CatchUpEvent]] = Coalescer(self._read_short, most=SHORT_AT_ONCE)
+        self._shared: OrderedDict[tuple[int, int], _Missed] = OrderedDict()
+        """By chat and version. After a restart all members of a chat ask for the same."""
         self.epoch = ""
         """Names the database; read at start."""
 
@@ -105,6 +144,80 @@ class CatchUpService:
                     return
         metrics.catch_up_chats.inc()
         yield {"type": "synced", "chat_id": chat_id, "version": cursor.version}
+
+    async def _read_short(self, wanted: Sequence[_Wanted]) -> dict[_Wanted, list[CatchUpEvent]]:
+        """Like `chat`, for many at once, of those to whom one page tells everything. The others are left out."""
+        events: dict[_Wanted, list[CatchUpEvent]] = {}
+        missed: dict[tuple[int, int], _Missed] = {}
+        places = [one.place for one in wanted]
+        async with self._database.bulk_reads, self._database.reading() as session:
+            cursors = await chats_repository.find_cursors(session, places)
+            for one in wanted:
+                cursor = cursors.get(one.place)
+                if cursor is None or not max(cursor.joined_version, cursor.version - self._short_gap) <= one.since:
+                    continue
+                if (one.chat_id, one.since) in missed or one.since >= cursor.version:
+                    continue
+                page = await self._missed(session, one.chat_id, one.since, cursor.version)
+                if page is not None:
+                    missed[one.chat_id, one.since] = page
+            hidden = await repository.list_hidden_among(
+                session,
+                sorted({one.user_id for one in wanted}),
+                sorted({chat_id for chat_id, _ in missed}),
+                sorted({row.seq for page in missed.values() for row in page.messages}),
+            )
+            # Asked last, when all is read: nothing said after somebody was removed may reach them.
+            members = await chats_repository.find_memberships(session, places)
+        for one in wanted:
+            member = members.get(one.place)
+            shared = missed.get((one.chat_id, one.since))
+            if member is None or shared is None or member.joined_version > one.since:
+                continue
+            messages = [
+                message_view(row, hidden=(one.user_id, one.chat_id, row.seq) in hidden)
+                for row in shared.messages
+                if row.seq >= member.visible_from_seq
+            ]
+            changes: ChatChangesEvent = {
+                "type": "chat_changes",
+                "chat_id": one.chat_id,
+                "prev": one.since,
+                "version": shared.version,
+                "messages": messages,
+                "members": shared.members,
+                "info": shared.info,
+            }
+            events[one] = [changes, {"type": "synced", "chat_id": one.chat_id, "version": shared.version}]
+        return events
+
+    async def _missed(self, session: AsyncSession, chat_id: int, since: int, version: int) -> _Missed | None:
+        """What came to a chat after a version; None when one page does not hold it. `version` is the chat's now."""
+        now = self._clock.monotonic()
+        while self._shared and next(iter(self._shared.values())).read_at < now - SHARED_SECONDS:
+            self._shared.popitem(last=False)
+        known = self._shared.get((chat_id, since))
+        if known is not None and known.version == version:  # every change of a row moves the version
+            return known
+        members = await repository.list_changed_members(session, chat_id, after=since, limit=PAGE_MEMBERS + 1)
+        messages = await repository.list_changed_messages(
+            session, chat_id, after=since, visible_from=0, limit=PAGE_MESSAGES
+        )
+        if len(members) > PAGE_MEMBERS or len(messages) == PAGE_MESSAGES or len(within_bytes(messages)) < len(messages):
+            return None
+        [info] = await repository.find_chats(session, [chat_id])
+        page = _Missed(
+            version,
+            messages,
+            [member_view(row) for row in members],
+            info_view(info, info.member_count) if info.info_version > since or members else None,
+            now,
+        )
+        self._shared[chat_id, since] = page
+        self._shared.move_to_end((chat_id, since))
+        if len(self._shared) > SHARED_PAGES:
+            self._shared.popitem(last=False)
+        return page
 
     async def _reset(self, session: AsyncSession, user_id: int, cursor: ChatCursor) -> ResetEvent | None:
         """The chat from its newest page; None when the caller left it meanwhile, if only for a moment."""
@@ -180,18 +293,20 @@ class CatchUpService:
     async def resume(self, user: OnlineUser, state: ResumeIn, ref: str | None) -> AsyncIterator[CatchUpEvent]:
         """The answer to `resume` on a socket, whose live events are held meanwhile. Raises Unavailable."""
         metrics.resumes.labels("socket").inc()
-        cursors = await self._connections.load_chats(user)
-        async for event in self._resume(user.id, state, cursors, ref, tell_unchanged=True):
+        loaded = await self._connections.load_chats(user)
+        async for event in self._resume(user.id, state, loaded, ref, tell_unchanged=True):
             yield event
 
     async def resume_page(self, user_id: int, state: ResumeIn) -> list[CatchUpEvent]:
         """The answer to a resume over REST: as much as fits one response, ending with `resumed`."""
         metrics.resumes.labels("rest").inc()
         async with self._database.reading() as session:
-            cursors = await chats_repository.list_cursors(session, user_id)
+            account_version = (await accounts_repository.account_versions(session, [user_id])).get(user_id, 0)
+            cursors = (await chats_repository.list_cursors(session, [user_id])).get(user_id, [])
+        loaded = LoadedChats(account_version, cursors)
         events: list[CatchUpEvent] = []
         weight = 0
-        async for event in self._resume(user_id, state, cursors, None, tell_unchanged=False):
+        async for event in self._resume(user_id, state, loaded, None, tell_unchanged=False):
             events.append(event)
             if event["type"] in ("chat_changes", "reset"):
                 weight += 1 + len(event["messages"])
@@ -213,36 +328,53 @@ class CatchUpService:
         self,
         user_id: int,
         state: ResumeIn,
-        cursors: Sequence[ChatCursor],
+        loaded: LoadedChats,
         ref: str | None,
         *,
         tell_unchanged: bool,
     ) -> AsyncIterator[CatchUpEvent]:
         known = {int(chat_id): version for chat_id, version in state.chats.items()}
+        account_version, cursors = loaded
         mine = {cursor.chat_id for cursor in cursors}
         same_epoch = state.epoch is None or state.epoch == self.epoch
-        async with self._database.bulk_reads, self._database.reading() as session:
-            account_version = (await accounts_repository.account_versions(session, [user_id])).get(user_id, 0)
-            account_events: list[CatchUpEvent] = []
-            if state.account_version != account_version or not same_epoch:
-                after = state.account_version if same_epoch and state.account_version < account_version else 0
-                # Whoever holds chats, from whatever time, must hear of every mark and hidden message in them.
-                holds_chats = same_epoch and bool(known)
+        if state.account_version != account_version or not same_epoch:
+            after = state.account_version if same_epoch and state.account_version < account_version else 0
+            # Whoever holds chats, from whatever time, must hear of every mark and hidden message in them.
+            holds_chats = same_epoch and bool(known)
+            async with self._database.bulk_reads, self._database.reading() as session:
                 account_events = [
                     event
                     async for event in self._account_events(
                         session, user_id, after, account_version, holds_chats=holds_chats
                     )
                 ]
-        for event in account_events:
-            yield event
+            for event in account_events:
+                yield event
         for chat_id in known.keys() - mine:
             yield {"type": "chat_removed", "account_version": None, "chat_id": chat_id}
+        short = [
+            _Wanted(cursor.chat_id, user_id, since)
+            for cursor in cursors
+            if same_epoch
+            and (since := known.get(cursor.chat_id)) is not None
+            and cursor.joined_version <= since < cursor.version <= since + self._short_gap
+        ]
+        read: dict[int, list[CatchUpEvent] | None] = {}
         for cursor in cursors:
             since = known.get(cursor.chat_id) if same_epoch else None
             if since == cursor.version and since >= cursor.joined_version:
                 if tell_unchanged:
                     yield {"type": "synced", "chat_id": cursor.chat_id, "version": cursor.version}
+                continue
+            if short and short[0].chat_id == cursor.chat_id:
+                ahead, short = short[:SHORT_OF_ONE], short[SHORT_OF_ONE:]
+                answers = await asyncio.gather(*(self._short.get(one) for one in ahead))
+                read = {one.chat_id: events for one, events in zip(ahead, answers, strict=True)}
+            events = read.pop(cursor.chat_id, None)
+            if events is not None:
+                metrics.catch_up_chats.inc()
+                for event in events:
+                    yield event
                 continue
             async for event in self.chat(user_id, cursor.chat_id, since):
                 yield event
