@@ -27,8 +27,9 @@ from app.core.tasks import supervise
 
 log = logging.getLogger(__name__)
 
-BUS_ERRORS = (RedisError, OSError, TimeoutError)
-"""What Redis raises when it is away. Its own time-outs and lost connections are among them."""
+BUS_ERRORS = (RedisError, OSError, TimeoutError, RuntimeError)
+"""What Redis raises when it is away. Its own time-outs and lost connections are among them; of a connection that was
+just reset uvloop says RuntimeError."""
 CALL_SECONDS = 1.0
 """Redis that is silent for so long is away."""
 BEAT_SECONDS = 1.0
