@@ -131,8 +131,11 @@ class Admission:
         while True:
             self._due = loop.time() + LAG_TICK_SECONDS
             await asyncio.sleep(LAG_TICK_SECONDS)
-            # It is forgotten a second per second: one moment's rest is not yet the end of a rush.
-            self._lag = max(loop.time() - self._due, self._lag - LAG_TICK_SECONDS)
+            self._note_lag(loop.time() - self._due)
+
+    def _note_lag(self, seconds: float) -> None:
+        # It is forgotten a second per second: one moment's rest is not yet the end of a rush.
+        self._lag = max(seconds, self._lag - LAG_TICK_SECONDS)
 
     @property
     def lag(self) -> float:

@@ -81,6 +81,7 @@ def check_labels(text: str) -> set[str]:
 
 
 @pytest.mark.settings(limit_search_per_user="1/minute")
+@pytest.mark.settings(sweep_seconds=0.05)
 async def test_after_traffic_it_shows_what_happened_and_nothing_of_anybody(server: Server) -> None:
     before = await scrape(server)
     async with server.client() as client:

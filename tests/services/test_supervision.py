@@ -41,6 +41,7 @@ ENDLESS: dict[str, Callable[[Services], tuple[Any, str]]] = {
     "sweep": lambda services: (services.sequencer, "sweep"),
     "heartbeats": lambda services: (services.connections, "_beat"),
     "collect-files": lambda services: (services.files, "collect"),
+    "admission-lag": lambda services: (services.admission, "_note_lag"),
     "push-lead": lambda services: (services.notifications._leadership, "hold"),
     "push": lambda services: (services.notifications, "_search"),
     "push-cursors": lambda services: (services.notifications, "_store"),
@@ -54,6 +55,7 @@ OWNED = Counter(
         "app/core/tasks.py": 1,  # supervise itself
         "app/services/connection_manager.py": 1,  # start_task: catching up, greetings, commands
         "app/services/notification_service.py": 1,  # one device
+        "app/services/coalescer.py": 1,  # a question, which tells its failure to all who asked
         "app/api/asgi_transport.py": 2,  # the two halves of a socket
         "app/api/graceful_stop.py": 1,  # the drain
     }
