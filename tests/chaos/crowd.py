@@ -22,6 +22,7 @@ from websockets.asyncio.client import ClientConnection, connect
 
 from bench.ledger import Kind, Ledger, Report, Stored, check, may_see, text_for_users
 from tests.chaos.report import SceneReport
+from tests.law.walk import difference
 from tests.support.accounts import Account, register
 from tests.support.replica import Replica, fetch
 
@@ -128,14 +129,18 @@ class Crowd:
 
         Raises AssertionError when that takes longer than everybody's patience.
         """
-        give_up_at = asyncio.get_running_loop().time() + 2 * PATIENCE
+        give_up_at = asyncio.get_running_loop().time() + PATIENCE
         behind = list(self.devices)
         async with self.http() as client:
             while behind:
                 fresh = await asyncio.gather(*(fetch(client, a.headers, a.id) for a in self.accounts))
                 views = {replica.user_id: replica.view() for replica in fresh}
+                for device in behind:  # what came before their first page nobody promised to tell
+                    await device.replica.complete(client, device.account.headers)
                 behind = [device for device in behind if device.replica.view() != views[device.account.id]]
-                assert asyncio.get_running_loop().time() < give_up_at, [device.name for device in behind]
+                assert asyncio.get_running_loop().time() < give_up_at, [
+                    (device.name, difference(device.replica.view(), views[device.account.id])) for device in behind
+                ]
                 await asyncio.sleep(0.1)  # their replicas change by frames, which tell nobody here
 
     async def gather(self, users: int, devices: int, callers: int) -> None:

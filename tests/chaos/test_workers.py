@@ -121,6 +121,29 @@ def killed(redis: RedisServer, _: FaultProxy) -> Iterator[None]:
     redis.start()
 
 
+@contextlib.contextmanager
+def frozen(redis: RedisServer, _: FaultProxy) -> Iterator[None]:
+    """It hangs."""
+    redis.signal(signal.SIGSTOP)
+    yield
+    redis.signal(signal.SIGCONT)
+
+
+@contextlib.contextmanager
+def flushed(redis: RedisServer, _: FaultProxy) -> Iterator[None]:
+    """It forgets everything."""
+    redis.flush()
+    yield
+
+
+@contextlib.contextmanager
+def restarted(redis: RedisServer, _: FaultProxy) -> Iterator[None]:
+    """It is there again at once, and has forgotten everything."""
+    redis.kill()
+    redis.start()
+    yield
+
+
 class _Losing:
     """It is there, and so many of a hundred of its messages get lost, from beginning to end."""
 
@@ -143,7 +166,11 @@ class _Losing:
     "trouble",
     [
         pytest.param(killed, id="killed"),
+        pytest.param(frozen, id="frozen"),
+        pytest.param(restarted, id="restarted"),
+        pytest.param(flushed, id="flushed"),
         pytest.param(_Losing(10), id="10 percent lost"),
+        pytest.param(_Losing(100), id="all lost"),
     ],
 )
 async def test_with_redis_in_trouble_everybody_is_complete_without_a_reconnect(
@@ -168,11 +195,11 @@ async def test_with_redis_in_trouble_everybody_is_complete_without_a_reconnect(
                 tasks = [group.create_task(keeper.run()) for keeper in crowd.keepers]
                 await crowd.after(STEP).wait()
                 hurting = trouble(redis, proxy)
-                await asyncio.to_thread(hurting.__enter__) if trouble is killed else hurting.__enter__()
+                await asyncio.to_thread(hurting.__enter__) if trouble in (killed, restarted) else hurting.__enter__()
                 begun = time.monotonic()
                 await crowd.after(crowd.acked + STEP).wait()
                 report.at_most("as many messages again took", time.monotonic() - begun, COMPLETE_SECONDS, "s")
-                if trouble is killed:
+                if trouble in (killed, frozen):
                     report.exactly("logins let in meanwhile", await _logins(crowd, servers[0]), 0)
                     await asyncio.sleep(max(0.0, begun + AWAY_SECONDS - time.monotonic()))  # how long it is away
                 crowd.target = crowd.acked
@@ -183,7 +210,7 @@ async def test_with_redis_in_trouble_everybody_is_complete_without_a_reconnect(
                 complete = time.monotonic() - begun
                 connections = sum(device.connections for device in crowd.devices)
                 await asyncio.to_thread(hurting.__exit__, None, None, None)
-                if trouble is killed:
+                if trouble in (killed, frozen):
                     async with asyncio.timeout(COMPLETE_SECONDS):
                         while not await _logins(crowd, servers[0]):
                             pass
