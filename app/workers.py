@@ -69,16 +69,19 @@ class Workers(Multiprocess):
         self._folder = folder
         self._stop_seconds = stop_seconds
         self._failed_at: dict[int, float] = {}
+        self._asked_at: dict[Process, float] = {}
+        """When workers were asked that have not answered yet."""
         self._served = False
+        self._hopeless = False
 
     def run(self) -> None:
         """Supervise until a signal says stop. Exits with a status other than 0 when no worker could start."""
         super().run()
-        if not self._served:
+        if self._hopeless:
             sys.exit(STARTUP_FAILURE)
 
     def keep_subprocess_alive(self) -> None:
-        """Replace workers that have died or do not answer."""
+        """Replace workers that have died or do not answer. Waits for none of them: it is called again and again."""
         for place, process in enumerate(self.processes):
             if self.should_exit.is_set():
                 return
@@ -88,9 +91,7 @@ class Workers(Multiprocess):
                     self._replace(place)
                 continue
             alive = process.process.is_alive()
-            if alive and (not self._served and process.is_ready(timeout=self.config.timeout_worker_healthcheck)):
-                self._served = True
-            if alive and process.ping(timeout=self.config.timeout_worker_healthcheck):
+            if alive and not self._is_silent(process):
                 continue
             process.kill()
             process.join()
@@ -98,6 +99,7 @@ class Workers(Multiprocess):
             if process.exitcode == STARTUP_FAILURE:
                 if not self._served:  # it would fail the same way again
                     log.error("no_worker_can_start")
+                    self._hopeless = True
                     self.should_exit.set()
                     return
                 self._failed_at[place] = time.monotonic()
@@ -105,7 +107,22 @@ class Workers(Multiprocess):
             if place not in self._failed_at:
                 self._replace(place)
 
+    def _is_silent(self, process: Process) -> bool:
+        """Ask a worker whether it serves, or look for its answer; whether it has owed one for too long."""
+        asked_at = self._asked_at.get(process)
+        try:
+            if asked_at is None:
+                process.parent_conn.send(b"ping")
+                self._asked_at[process] = time.monotonic()
+            elif process.parent_conn.poll():
+                self._served |= bool(process.parent_conn.recv())
+                del self._asked_at[process]
+        except (OSError, EOFError):
+            return True
+        return asked_at is not None and time.monotonic() - asked_at > self.config.timeout_worker_healthcheck
+
     def _forget(self, process: Process) -> None:
+        self._asked_at.pop(process, None)
         if process.pid is not None:
             self._folder.forget(process.pid)
 
