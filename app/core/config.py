@@ -184,7 +184,7 @@ class Settings(BaseSettings):
     bulk_queue: int = Field(
         100, ge=0, description="Searches, history and lists that may wait for a database connection; beyond: 503."
     )
-    bulk_wait_seconds: float = Field(2.0, gt=0, description="And so long; then: 503.")
+    bulk_wait_seconds: float = Field(1.0, gt=0, description="And so long; then: 503.")
     max_loop_lag_seconds: float = Field(
         0.5,
         gt=0,

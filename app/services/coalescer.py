@@ -7,6 +7,8 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from itertools import islice
 from typing import Generic, TypeVar
 
+from app.core.errors import Unavailable
+
 K = TypeVar("K")
 V = TypeVar("V")
 
@@ -38,6 +40,11 @@ class Coalescer(Generic[K, V]):
                 batch = {key: self._waiting.pop(key) for key in list(islice(self._waiting, self._most))}
                 try:
                     found = await self._look_up(list(batch))
+                except Unavailable as error:
+                    # Whoever stands in line is refused with the first: each would wait as long, and for as little.
+                    for future in (*batch.values(), *self._waiting.values()):
+                        future.set_exception(error)
+                    self._waiting.clear()
                 except Exception as error:
                     for future in batch.values():
                         future.set_exception(error)

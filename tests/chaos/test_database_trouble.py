@@ -115,7 +115,9 @@ async def test_a_frozen_database_is_answered_for_in_time_and_serves_again_withou
     sends = [answer for answer in answers if answer.what.startswith("send")]
     assert {answer.code for answer in sends} == {"database_unavailable"}
     reads = [answer for answer in answers if answer.what.startswith("get /api/v1/chats")]
-    assert {(answer.status, answer.code) for answer in reads} == {(503, "database_unavailable")}
+    # Those that wait for a turn behind a read that is not answered are refused before it is.
+    assert {answer.status for answer in reads} == {503}
+    assert {answer.code for answer in reads} <= {"database_unavailable", "overloaded"}
     report.at_most("recovered in", recovered, RECOVERY_SECONDS, "s")
     # What was refused is stored once by its retry, and the sockets that were open all the time hear of it.
     ack = await say_until_stored(world, named)
