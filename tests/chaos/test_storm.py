@@ -191,6 +191,8 @@ class Client:
         elif isinstance(chat_id, int) and "version" in event:
             held = self.versions[chat_id]
             if event.get("prev", 0) > held:
+                if not self.back.is_set():
+                    return  # live, from between hello and what it resumes: that brings this, too
                 self.storm.fault(f"a hole: {held} is held, {event['type']} begins at {event['prev']}")
             for message in event["messages"] if kind == "chat_changes" else [event.get("message")]:
                 if message is not None and message["seq"] > self.seqs[chat_id]:
