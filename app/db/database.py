@@ -146,7 +146,6 @@ class Database:
         self.readers = settings.db_pool_size if self.is_mysql else SQLITE_READERS
         """Reads that can run at once."""
         self.bulk_reads = BulkReads(self.readers // 2)
-        self._closed = False
         self._mysql_connect = {"connect_timeout": settings.db_timeout_seconds, "init_command": MYSQL_SESSION}
         url = database_url(settings, driver="async")
         if self.is_mysql:
@@ -187,8 +186,6 @@ class Database:
             # Before the other listener, which would meet the file's lock instead of waiting in line.
             _queue_for(self._sqlite_write, self.write_engine)
             _prepare_sqlite(self.write_engine, begin="BEGIN IMMEDIATE", read_only=False, patience=timeout)
-            for engine in (self.read_engine, self.write_engine):
-                event.listen(engine.sync_engine, "checkin", self._end_late)
 
     async def start(self) -> None:
         """Take the database into use.
@@ -220,18 +217,12 @@ class Database:
         """Give every connection back."""
         await self.read_engine.dispose()
         await self.write_engine.dispose()
-        self._closed = True  # not before: what comes back meanwhile is closed by the pool
         while self._mysql_logs:
             self._mysql_logs.pop().abandon()
         if not self.is_mysql:
             await self._sqlite_log.close()
         if self._lock_file is not None:
             self._lock_file.close()
-
-    def _end_late(self, connection: Any, _record: object) -> None:
-        """What somebody was still at comes back to a pool that nobody empties any more: end its thread."""
-        if self._closed and connection is not None:
-            connection.driver_connection.stop()
 
     @contextlib.asynccontextmanager
     async def reading(self) -> AsyncIterator[AsyncSession]:

@@ -13,7 +13,7 @@ from sqlalchemy.exc import OperationalError
 from app.core.config import Settings
 from app.core.errors import Unavailable
 from app.db import errors
-from app.db.database import SQLITE_LOCK_SLICE_SECONDS, Database
+from app.db.database import SQLITE_LOCK_SLICE_SECONDS
 from app.db.log_connection import Statement
 from app.db.repositories import chat_log as repository
 from app.services.container import Services
@@ -143,16 +143,3 @@ async def test_the_writer_and_units_of_work_take_turns_at_sqlites_one_lock(
         done, _ = await asyncio.wait([waiting], timeout=SQLITE_LOCK_SLICE_SECONDS * 2)
         assert not done
     await asyncio.wait_for(waiting, 5)
-
-
-async def test_a_connection_that_comes_back_after_the_database_was_closed_is_closed(services: Services) -> None:
-    """On SQLite it is a thread, and the pool that takes it back is one that nobody empties any more."""
-    if services.database.is_mysql:
-        pytest.skip("the driver closes what is forgotten")
-    database = Database(services.settings)
-    async with database.reading() as session:
-        driver = (await (await session.connection()).get_raw_connection()).driver_connection
-        await database.close()
-    assert driver is not None
-    driver._thread.join(5)
-    assert not driver._thread.is_alive()
