@@ -137,6 +137,7 @@ class Database:
         self.settings = settings
         self.is_mysql = settings.uses_mysql
         self._lock_file: Any = None
+        self._closed = False
         self.writes_work = True
         """False since a write that the database refused for its own reasons: a full disk, reads only, no answer."""
         self._sqlite_write = asyncio.Lock()
@@ -186,6 +187,8 @@ class Database:
             # Before the other listener, which would meet the file's lock instead of waiting in line.
             _queue_for(self._sqlite_write, self.write_engine)
             _prepare_sqlite(self.write_engine, begin="BEGIN IMMEDIATE", read_only=False, patience=timeout)
+        for engine in (self.read_engine, self.write_engine):
+            event.listen(engine.sync_engine, "checkin", self._close_latecomer)
 
     async def start(self) -> None:
         """Take the database into use.
@@ -214,7 +217,8 @@ class Database:
             raise StartupError(unreachable(self.settings, error)) from error
 
     async def close(self) -> None:
-        """Give every connection back."""
+        """Close every connection: those in use, as soon as they are given back."""
+        self._closed = True
         await self.read_engine.dispose()
         await self.write_engine.dispose()
         while self._mysql_logs:
@@ -223,6 +227,12 @@ class Database:
             await self._sqlite_log.close()
         if self._lock_file is not None:
             self._lock_file.close()
+
+    def _close_latecomer(self, _connection: object, record: ConnectionPoolEntry) -> None:
+        # Whoever outlives `close` (a question that others had asked, a cancelled request) gives its connection back
+        # to a pool that nobody looks after any more: it would be dropped there, open.
+        if self._closed:
+            record.invalidate()
 
     @contextlib.asynccontextmanager
     async def reading(self) -> AsyncIterator[AsyncSession]:
