@@ -1,4 +1,4 @@
-"""`python -m app`: the tuned server, and the operator's commands `migrate` and `check`.
+"""`python -m app`: the tuned server, and the operator's commands `migrate`, `check` and `trace`.
 
 Every failure is one sentence and a non-zero exit status.
 """
@@ -13,8 +13,10 @@ from collections.abc import Sequence
 from app.core.config import MAX_WORKERS, Settings, get_settings
 from app.core.errors import StartupError
 from app.db.database import Database, migrate
+from app.db.schemas import MAX_ID
 from app.services.bus import BUS_ERRORS, redis_client
 from app.services.notification_service import open_firebase
+from app.trace import trace
 from app.workers import serve
 
 
@@ -28,6 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print("The database is up to date.")
         elif options.command == "check":
             asyncio.run(check(settings))
+        elif options.command == "trace":
+            print(asyncio.run(trace(settings, options.message_id, as_json=options.json)))
         else:
             workers = settings.workers if options.workers is None else options.workers
             settings.check_workers(workers)
@@ -50,7 +54,16 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("serve", help="start the server (the default)")
     commands.add_parser("migrate", help="create the database where it is missing and bring it up to date")
     commands.add_parser("check", help="say whether the settings and the database are fit to start")
+    traced = commands.add_parser("trace", help="say how far a message has come to each of its recipients, and why")
+    traced.add_argument("message_id", type=_id, help="id of the message")
+    traced.add_argument("--json", action="store_true", help="as JSON instead of tables")
     return parser
+
+
+def _id(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= MAX_ID:
+        raise argparse.ArgumentTypeError("an id is a number from 1 on")
+    return int(text)
 
 
 def _port(text: str) -> int:

@@ -216,6 +216,20 @@ class Database:
         except (OSError, TimeoutError, *DATABASE_ERRORS) as error:
             raise StartupError(unreachable(self.settings, error)) from error
 
+    async def start_reading(self) -> None:
+        """Take the database into use for reads alone, beside the servers that have it; `writing` must not be used.
+
+        Raises StartupError when it cannot be reached or is not migrated.
+        """
+        path = self.settings.sqlite_path
+        if not self.is_mysql and not path.exists():  # SQLite would make it
+            raise StartupError(f"There is no database {path}; run: python -m app migrate")
+        try:
+            async with self.read_engine.connect() as connection:
+                await connection.run_sync(_check_migrated)
+        except (OSError, TimeoutError, *DATABASE_ERRORS) as error:
+            raise StartupError(unreachable(self.settings, error)) from error
+
     async def close(self) -> None:
         """Close every connection: those in use, as soon as they are given back."""
         self._closed = True

@@ -185,6 +185,42 @@ class PushDevice(Base):
     """Moves with every registration; whoever deletes a dead token deletes no fresh one."""
 
 
+class FanoutMark(Base):
+    """Which messages of a chat a worker has told of: one unbroken run of them, up to the newest it told of.
+
+    Written behind what happened, a second's worth at once: what it says has happened, and a crash loses the end.
+    """
+
+    __tablename__ = "fanout_marks"
+    __table_args__ = (OPTIONS,)
+
+    chat_id: Mapped[int] = mapped_column(ID, primary_key=True, autoincrement=False)
+    worker: Mapped[str] = mapped_column(ascii_binary(16), primary_key=True)
+    part: Mapped[str] = mapped_column(ascii_binary(8), primary_key=True)
+    """`commit`: it committed them and told the workers; `sockets`: it let them out to its own sockets."""
+    first_seq: Mapped[int] = mapped_column(ID)
+    last_seq: Mapped[int] = mapped_column(ID)
+    at: Mapped[datetime] = mapped_column(MICROSECONDS)
+    """When it told of the newest."""
+
+
+class PushMark(Base):
+    """How far a session's device was pushed to in a chat, and what Firebase said last. It outlives the token."""
+
+    __tablename__ = "push_marks"
+    __table_args__ = (OPTIONS,)
+
+    session_id: Mapped[int] = mapped_column(ID, primary_key=True, autoincrement=False)
+    chat_id: Mapped[int] = mapped_column(ID, primary_key=True, autoincrement=False)
+    sent_seq: Mapped[int] = mapped_column(ID)
+    """The newest message that Firebase took a push for; 0 for none."""
+    tried_seq: Mapped[int] = mapped_column(ID)
+    """The newest message that it was asked to push for, and said `answer`."""
+    answer: Mapped[str] = mapped_column(ascii_binary(8))
+    reason: Mapped[str] = mapped_column(String(64))
+    at: Mapped[datetime] = mapped_column(MICROSECONDS)
+
+
 class Chat(Base):
     """The counters of a chat's log, and what its members see of it."""
 

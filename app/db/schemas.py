@@ -515,6 +515,55 @@ class Readers(TypedDict):
     delivered_to: list[UserId]
 
 
+PushAnswer = Literal["sent", "retrying", "waiting", "refused", "given_up", "unregistered", "off", "none"]
+
+
+class TracedFanout(TypedDict):
+    """Who told of a message."""
+
+    worker: Annotated[str, Field(description="Name of the server process.", examples=["5f1c09a7d2e4"])]
+    up_to_seq: Annotated[Seq, Field(description="The newest message that it has told of, without a gap from this one.")]
+    at: Annotated[Timestamp, Field(description="When it told of that one.")]
+
+
+class TracedRecipient(TypedDict):
+    """How far a message has come to somebody."""
+
+    user_id: UserId
+    delivered: Annotated[bool, Field(description="Whether a device of theirs has it.")]
+    read: bool
+    read_at: Annotated[Timestamp | None, Field(description="When their mark last moved; null while it is unread.")]
+    connected: Annotated[
+        bool | None,
+        Field(description="Whether they have an open socket now. Null without a personal chat with them."),
+    ]
+    push: Annotated[
+        PushAnswer | None,
+        Field(
+            description="What came of pushing to their devices, of several the best. `sent`: Firebase took it. "
+            "`retrying`: Firebase is in trouble. `waiting`: not yet. `refused`: Firebase does not like it. `given_up`. "
+            "`unregistered`: the app was removed. `off`: the server does not push. `none`: nothing was to be pushed. "
+            "Null without a personal chat with them.",
+            examples=["sent"],
+        ),
+    ]
+
+
+class MessageTrace(TypedDict):
+    """What became of a message."""
+
+    message_id: Id
+    chat_id: ChatId
+    seq: Seq
+    committed_at: Timestamp
+    fanned_out: Annotated[
+        TracedFanout | None,
+        Field(description="Null for a second or so, and when it is not known (any more)."),
+    ]
+    recipients: Annotated[list[TracedRecipient], Field(description="By user id: members since before it was sent.")]
+    next: Annotated[str | None, Field(description="Cursor of the next page of recipients.", examples=["2"])]
+
+
 # --- chats ------------------------------------------------------------------------------------------------------
 
 

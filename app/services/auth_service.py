@@ -30,6 +30,7 @@ from app.core.tasks import supervise
 from app.db.database import Database
 from app.db.repositories import push as push_repository
 from app.db.repositories import sessions as session_repository
+from app.db.repositories import trace as trace_repository
 from app.db.repositories import users as user_repository
 from app.db.repositories.sessions import SessionRow
 from app.db.repositories.users import UserRow
@@ -168,6 +169,7 @@ class AuthService:
                 await user_repository.update_password(uow.session, user_id, new_hash)
             if pruned := await session_repository.prune_sessions(uow.session, user_id, self._now()):
                 await push_repository.delete_devices(uow.session, pruned)
+                await trace_repository.delete_pushed(uow.session, pruned)
             await self._make_room(uow, user_id)
             refresh_token = await self._insert_session(uow, session)
         return self._tokens(user_id, session_id, refresh_token)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 from collections.abc import Callable
 from typing import Literal, TypedDict, cast
 
@@ -141,6 +142,7 @@ class Cluster:
         self._connections = connections
         self._online = online
         self.bus = bus
+        self._alone = secrets.token_hex(6)
         self.on_announce: Callable[[AnnounceItem], None]
         self.on_roster: Callable[[int, int], None]
         self.on_account: Callable[[int, AccountEvent], None]
@@ -168,8 +170,8 @@ class Cluster:
 
     @property
     def worker_id(self) -> str:
-        """What this worker is called among the others, and in logs."""
-        return self.bus.worker_id if self.bus is not None else ""
+        """What this worker is called among the others, in logs and in traces. Each process has another name."""
+        return self.bus.worker_id if self.bus is not None else self._alone
 
     @property
     def reliable(self) -> bool:

@@ -33,6 +33,7 @@ from app.services.chat_settings_service import ChatSettingsService
 from app.services.cluster import AnnounceItem, Cluster
 from app.services.connection_manager import ConnectionManager
 from app.services.draft_service import DraftService
+from app.services.fanout_marks import FanoutMarks
 from app.services.file_service import FileService
 from app.services.health_service import HealthService, State
 from app.services.image_service import ImageService
@@ -44,6 +45,7 @@ from app.services.rate_limiter import RateLimiter
 from app.services.storage import Storage, open_storage
 from app.services.telemetry import Telemetry
 from app.services.ticket_store import MemoryTickets, RedisTickets
+from app.services.trace_service import TraceService
 from app.services.typing_service import TypingService
 from app.services.unit_of_work import UnitOfWorkFactory
 from app.services.user_service import UserService
@@ -76,6 +78,7 @@ class Services:
     user_settings: UserSettingsService
     blocks: BlockService
     connections: ConnectionManager
+    fanout: FanoutMarks
     sequencer: Sequencer
     writer: Writer
     catch_up: CatchUpService
@@ -88,6 +91,7 @@ class Services:
     typing: TypingService
     presence: PresenceService
     notifications: NotificationService
+    trace: TraceService
     telemetry: Telemetry
     health: HealthService
     _cooled: asyncio.Event = field(default_factory=asyncio.Event)
@@ -105,6 +109,7 @@ class Services:
             self.cool_usernames()
         self._warming = supervise("warm-usernames", self._keep_usernames_warm)
         self.files.start()
+        self.fanout.start()
         self.sequencer.start()
         self.writer.start()
         self.notifications.start()
@@ -131,6 +136,7 @@ class Services:
         await self.connections.stop()
         await self.admission.stop()
         await self.sequencer.stop()
+        await self.fanout.stop()
         await self.auth.close()
         await self.cluster.stop()
         self.hasher.close()
@@ -186,7 +192,10 @@ def build_services(settings: Settings, clock: Clock | None = None) -> Services:
     redis = redis_client(settings.redis_url.get_secret_value()) if settings.redis_url is not None else None
     bus = Bus(redis, clock) if redis is not None else None
     cluster = Cluster(clock=clock, connections=connections, online=online, bus=bus)
-    sequencer = Sequencer(settings=settings, clock=clock, database=database, rosters=rosters, connections=connections)
+    fanout = FanoutMarks(clock=clock, database=database, worker=cluster.worker_id)
+    sequencer = Sequencer(
+        settings=settings, clock=clock, database=database, rosters=rosters, connections=connections, fanout=fanout
+    )
 
     def announce(appended: Appended) -> None:
         try:
@@ -258,6 +267,7 @@ def build_services(settings: Settings, clock: Clock | None = None) -> Services:
         user_settings=UserSettingsService(database=database),
         blocks=BlockService(clock=clock, database=database),
         connections=connections,
+        fanout=fanout,
         sequencer=sequencer,
         writer=writer,
         catch_up=catch_up,
@@ -272,6 +282,13 @@ def build_services(settings: Settings, clock: Clock | None = None) -> Services:
         typing=typing,
         presence=presence,
         notifications=notifications,
+        trace=TraceService(
+            settings=settings,
+            clock=clock,
+            database=database,
+            is_online=online.is_online,
+            push_is_on=notifications.enabled,
+        ),
         telemetry=Telemetry(
             database=database,
             connections=connections,

@@ -28,7 +28,9 @@ from app.db.database import Database
 from app.db.leadership import Leadership
 from app.db.repositories import push as repository
 from app.db.repositories import sessions as session_repository
+from app.db.repositories import trace as trace_repository
 from app.db.repositories.push import DeviceRow, Target, UnpushedMessage
+from app.db.repositories.trace import PushRow
 from app.db.schemas import PushDeviceIn
 from app.services.caller import Caller
 from app.services.chat_log.changes import Appended
@@ -51,6 +53,9 @@ LOOK_PAUSE_SECONDS = 0.5
 STORE_SECONDS = 1.0
 STORE_BATCH = 200
 """Cursors moved by one transaction, which for a moment holds the rows that the writer wants."""
+MARKS_MAX = 20_000
+"""Answers of Firebase that wait to be stored with the cursors; beyond, the trace does not know of them."""
+REASON_MAX = 64
 HINTS_MAX = 50_000
 JOBS_MAX = 20_000
 """Devices being told; beyond, chats wait, and their cursors in the database remember them."""
@@ -125,6 +130,8 @@ class NotificationService:
         self._waiting: set[int] = set()
         """Chats whose pause is not over."""
         self._chats: dict[int, _Chat] = {}
+        self._marks: dict[tuple[int, int], PushRow] = {}
+        """What Firebase said of each session and chat, for the delivery trace."""
         self._jobs = 0
         self.firebase_answers = True
         """Whether Firebase took or refused the last push, rather than being out of order or out of reach."""
@@ -210,6 +217,7 @@ class NotificationService:
         self._hints.clear()
         self._waiting.clear()
         self._chats.clear()
+        self._marks.clear()
 
     # --- devices ---
 
@@ -374,6 +382,7 @@ class NotificationService:
                 if wait is not None and loop.time() + wait > job.begun + self._settings.push_give_up_seconds:
                     log.warning("push_given_up", extra={"chat_id": chat.id, "session_id": job.session_id})
                     metrics.push_outcomes.labels("given_up").inc()
+                    self._note(self._mark(chat, job, "given_up"))
                     wait = None
                 if wait is not None:
                     await asyncio.sleep(wait)
@@ -437,27 +446,52 @@ class NotificationService:
         where = {"chat_id": chat.id, "session_id": job.session_id, "reason": outcome.reason}
         match outcome.kind:
             case "sent":
+                self._note(self._mark(chat, job, "sent"))
                 return None
             case "dead":
                 log.info("push_device_is_dead", extra=where)
+                mark = self._mark(chat, job, "dead", outcome.reason)
                 try:
                     async with self._database.writing() as session:
                         await repository.delete_dead_device(session, device)
+                        # With it, not after it: what is deleted is not tried again, and nobody would know why.
+                        await trace_repository.save_pushed(session, [mark])
                 except Unavailable:
                     log.info("push_device_not_deleted", extra=where)  # the next message finds it dead again
                 return None
             case "refused":
                 log.warning("push_refused", extra=where)
+                self._note(self._mark(chat, job, "refused", outcome.reason))
                 return None
             case "retry":
                 job.tries += 1
                 if job.tries >= TRIES_MAX:
                     log.warning("push_given_up", extra=where)
                     metrics.push_outcomes.labels("given_up").inc()
+                    self._note(self._mark(chat, job, "given_up", outcome.reason))
                     return None
+                self._note(self._mark(chat, job, "retry", outcome.reason))
                 log.info("push_retried", extra=where)
                 backoff = min(BACKOFF_SECONDS * 2.0 ** (job.tries - 1), BACKOFF_MAX_SECONDS) * random.uniform(0.5, 1)
                 return max(backoff, outcome.retry_after or 0.0)
+
+    # --- marks for the trace ---
+
+    def _mark(self, chat: _Chat, job: _Job, answer: str, reason: str = "") -> PushRow:
+        sent_seq = job.trying if answer == "sent" else 0
+        return PushRow(job.session_id, chat.id, sent_seq, job.trying, answer, reason[:REASON_MAX], self._now())
+
+    def _note(self, mark: PushRow) -> None:
+        """Remember what Firebase said until the cursors are stored."""
+        key = (mark.session_id, mark.chat_id)
+        earlier = self._marks.get(key)
+        if earlier is not None:
+            sent_seq, reason = max(earlier.sent_seq, mark.sent_seq), mark.reason
+            if mark.answer == "given_up":
+                reason = reason or earlier.reason
+            self._marks[key] = mark._replace(sent_seq=sent_seq, reason=reason)
+        elif len(self._marks) < MARKS_MAX:
+            self._marks[key] = mark
 
     # --- cursors ---
 
@@ -472,16 +506,33 @@ class NotificationService:
     async def _store(self) -> None:
         """Move the cursors of chats that are done with something; forget chats that are done with everything."""
         moved = [(chat, done) for chat in self._chats.values() if (done := chat.done) > chat.stored]
+        marks: dict[int, list[PushRow]] = {}
+        for mark in self._marks.values():
+            marks.setdefault(mark.chat_id, []).append(mark)
         for start in range(0, len(moved), STORE_BATCH):
             some = moved[start : start + STORE_BATCH]
+            answers = [mark for chat, _ in some for mark in marks.pop(chat.id, ())]
             async with self._database.writing() as session:
                 await repository.advance_pushed(session, [(chat.id, done) for chat, done in some])
+                # In one: before the cursor, what no mark tells of needed no push.
+                await trace_repository.save_pushed(session, answers)
             for chat, done in some:
                 chat.stored = done
+            self._forget_marks(answers)
+        if rest := [mark for of_chat in marks.values() for mark in of_chat]:  # of chats whose cursor waits
+            async with self._database.writing() as session:
+                await trace_repository.save_pushed(session, rest)
+            self._forget_marks(rest)
         idle_since = asyncio.get_running_loop().time() - LOOK_PAUSE_SECONDS
         for chat in list(self._chats.values()):
             if not chat.jobs and chat.stored == chat.seen and chat.looked_at < idle_since:
                 del self._chats[chat.id]
+
+    def _forget_marks(self, stored: list[PushRow]) -> None:
+        for mark in stored:
+            key = (mark.session_id, mark.chat_id)
+            if self._marks.get(key) is mark:  # else Firebase has said something else meanwhile
+                del self._marks[key]
 
     def _now(self) -> datetime:
         return self._clock.now().astimezone(UTC).replace(tzinfo=None)
@@ -493,9 +544,15 @@ def open_firebase(settings: Settings) -> Firebase | None:
     In development a file that is not there means off: the settings of the README name one that a newcomer lacks.
     """
     path = settings.firebase_credentials_path
-    if path is None or (settings.environment == "development" and not path.exists()):
+    if path is None or not push_is_configured(settings):
         return None
     return Firebase(path, timeout_seconds=settings.push_timeout_seconds)
+
+
+def push_is_configured(settings: Settings) -> bool:
+    """Whether a server with these settings pushes, if it starts."""
+    path = settings.firebase_credentials_path
+    return path is not None and (settings.environment != "development" or path.exists())
 
 
 def _newest_for(target: Target, newest: list[UnpushedMessage]) -> int:

@@ -203,6 +203,7 @@ ROUTES: dict[str, Route] = {
     f"POST {API}/chats/{{chat_id}}/messages/{{message_id}}/read": Route(may="ok ok 404 404"),
     f"GET {API}/chats/{{chat_id}}/messages/{{message_id}}/readers": Route(may="ok ok 404 404"),
     f"GET {API}/messages/history/{{chat_id}}": Route(may="ok ok 404 404"),
+    f"GET {API}/messages/{{message_id}}/trace": Route(may="ok 404 404 404"),
     f"POST {API}/messages/upload": Route(upload=True),
     f"GET {API}/files/{{file_id}}": Route(may="ok ok 404 404"),
     f"GET {API}/files/{{file_id}}/thumbnail": Route(may="ok ok 404 404"),

@@ -6,11 +6,12 @@ from typing import Annotated
 
 from fastapi import APIRouter, Path, Query, Request
 
-from app.api.deps import BulkCallerDep, CallerDep, ServicesDep
+from app.api.deps import BulkCallerDep, CallerDep, ServicesDep, cursor_query
 from app.api.multipart import UPLOAD_BODY, UPLOAD_CODES, receive_file
 from app.api.problems import problems
 from app.db.events import CatchUpEvent
-from app.db.schemas import MAX_ID, History, ResumeIn, UploadedFile
+from app.db.schemas import MAX_ID, History, MessageTrace, ResumeIn, UploadedFile
+from app.services.trace_service import RECIPIENT_CURSOR
 
 router = APIRouter(prefix="/messages", tags=["Messages"])
 
@@ -59,3 +60,19 @@ async def catch_up(services: ServicesDep, caller: BulkCallerDep, body: ResumeIn)
     The last one is `resumed`; with `complete: false` there is more: apply what came and ask again.
     """
     return await services.catch_up.resume_page(caller.user_id, body)
+
+
+@router.get("/{message_id:int}/trace", summary="Why did it not arrive?", responses=problems("overloaded"))
+async def trace_message(
+    services: ServicesDep,
+    caller: BulkCallerDep,
+    message_id: Annotated[int, Path(ge=1, le=MAX_ID, description="Id of a message of the caller's.", examples=[42])],
+    cursor: Annotated[str | None, cursor_query(*RECIPIENT_CURSOR)] = None,
+    limit: Annotated[int, Query(ge=1, le=100, description="Recipients of a page, at most.")] = 50,
+) -> MessageTrace:
+    """How far one's own message has come: when it was committed, who told of it, and how each recipient stands to it.
+
+    Nothing that is hidden from the sender elsewhere. Somebody else's message answers like one that does not exist:
+    404 `message_not_found`.
+    """
+    return await services.trace.trace(caller.user_id, message_id, cursor=cursor, limit=limit)

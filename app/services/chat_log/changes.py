@@ -125,6 +125,8 @@ class Announcement:
     """Per event, the seq of the older message it shows, or 0: who may not see that message gets no text of it."""
     joined: frozenset[int] = frozenset()
     left: frozenset[int] = frozenset()
+    here: bool = False
+    """Whether this worker committed it."""
 
 
 @dataclass(slots=True)

@@ -22,6 +22,7 @@ from app.services.chat_log.changes import Announcement, Appended, Remote
 from app.services.chat_log.roster import Roster, RosterCache, load_rosters
 from app.services.chat_log.views import info_view, member_view, message_view
 from app.services.connection_manager import Channel, ConnectionManager
+from app.services.fanout_marks import FanoutMarks
 from app.services.transport import Frames
 
 log = logging.getLogger(__name__)
@@ -44,12 +45,14 @@ class Sequencer:
         database: Database,
         rosters: RosterCache,
         connections: ConnectionManager,
+        fanout: FanoutMarks,
     ) -> None:
         self._settings = settings
         self._clock = clock
         self._database = database
         self._rosters = rosters
         self._connections = connections
+        self._fanout = fanout
         self._early: dict[int, list[Announcement]] = {}
         self._behind: dict[int, int] = {}
         self._rosterless: dict[int, list[Remote]] = {}
@@ -76,6 +79,7 @@ class Sequencer:
         for user_id, event in appended.account_events:
             self._connections.send_to_user(user_id, event)
         for announcement in appended.announcements:
+            announcement.here = True
             self.offer(announcement)
 
     def receive(self, announcement: Remote) -> None:
@@ -116,6 +120,7 @@ class Sequencer:
             # Nobody who was in the chat is online here. Somebody who just came in may be.
             for user_id in announcement.joined:
                 self._connections.join(user_id, chat_id, announcement.version)
+            self._note_committed(announcement)
             return
         if announcement.prev > channel.version:
             early = self._early.setdefault(chat_id, [])
@@ -143,6 +148,11 @@ class Sequencer:
             self._deliver(channel, announcement)
         for user_id in announcement.joined:
             self._connections.join(user_id, announcement.chat_id, channel.version)
+        self._note_committed(announcement)
+
+    def _note_committed(self, announcement: Announcement) -> None:
+        if announcement.here:
+            self._fanout.committed(announcement)
 
     def _deliver(self, channel: Channel, announcement: Announcement) -> None:
         chat_id, version, roster = announcement.chat_id, announcement.version, announcement.roster
@@ -158,6 +168,7 @@ class Sequencer:
                 connection.deliver(chat_id, version, frames)
             else:
                 connection.deliver(chat_id, version, Frames.of(*_without_unseen(announcement, member.visible_from_seq)))
+        self._fanout.let_out(announcement)
 
     # --- healing ---
 
