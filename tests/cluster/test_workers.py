@@ -5,14 +5,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import json
+import sys
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
 from tests.support.accounts import register
 from tests.support.people import Json, Person
-from tests.support.servers import Server
+from tests.support.servers import Server, run
 from tests.support.socket_client import SocketClient
 
 
@@ -165,3 +168,33 @@ async def test_a_limit_counts_what_was_asked_of_all_workers(scene: Scene) -> Non
         await scene.ann_elsewhere.do("GET", "/users/search", q="person")
     for person in (scene.ann, scene.ann_elsewhere):
         assert await person.refused("GET", "/users/search", q="person") == (429, "rate_limited")
+
+
+async def test_a_trace_names_the_worker_that_committed_and_the_operator_sees_who_let_it_out(
+    scene: Scene, servers: tuple[Server, Server], tmp_path: Path
+) -> None:
+    chat_id = await scene.ann.personal(scene.bo)
+    names = [server.wait_for_log(r'"worker_named".*"worker":"([0-9a-f]{12})"').group(1) for server in servers]
+    async with both_online(scene, servers) as (ann, bo):
+        for socket, asker, committer in ((ann, scene.ann_elsewhere, names[0]), (bo, scene.bo, names[1])):
+            sent = await socket.say(chat_id, "over the bus")
+            await asyncio.gather(*(one.wait(type="new_message", chat_id=chat_id) for one in (ann, bo)))
+            async with asyncio.timeout(10):
+                while not (traced := await asker.do("GET", f"/messages/{sent['message_id']}/trace"))["fanned_out"]:
+                    pass
+            assert traced["fanned_out"]["worker"] == committer
+            # Of a socket on another worker it is known, too.
+            [recipient] = traced["recipients"]
+            assert recipient["connected"]
+            async with asyncio.timeout(20):
+                while len(runs := await _runs(servers[0], sent["message_id"], tmp_path)) < 3:
+                    pass
+            assert runs == {(committer, "commit"), (names[0], "sockets"), (names[1], "sockets")}
+
+
+async def _runs(server: Server, message_id: int, folder: Path) -> set[tuple[str, str]]:
+    """(worker, part) of all that the operator is told to have told of a message."""
+    command = [sys.executable, "-m", "app", "trace", str(message_id), "--json"]
+    done = await asyncio.to_thread(run, command, cwd=folder, env=server.env)
+    assert done.returncode == 0, done.stderr
+    return {(told["worker"], told["part"]) for told in json.loads(done.stdout)["fanout"] if told["covers"]}

@@ -79,6 +79,7 @@ class Server:
         log_path: Path,
     ) -> None:
         self.log_path = log_path
+        self.env = env
         self.url = ""
         self._lines: list[str] = []
         self._changed = threading.Condition()

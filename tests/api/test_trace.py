@@ -1,0 +1,467 @@
+"""The delivery trace: what the sender of a message, and what the operator, is told of its way; and what nobody is."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import sys
+import uuid
+from collections.abc import AsyncIterator, Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import FastAPI
+from sqlalchemy import create_engine, text
+from sqlalchemy.pool import NullPool
+
+from app.core.config import Settings
+from app.db.database import database_url
+from app.db.repositories import trace as repository
+from app.db.repositories.trace import PushRow
+from app.services.container import Services
+from app.services.trace_service import FullTrace, RecipientDetail
+from app.trace import lines_of
+from tests.conftest import StartServer
+from tests.support.firebase import Answer, FakeGoogle, failure, fake_google, unregistered
+from tests.support.people import Json, Person, people
+from tests.support.secrets import plant
+from tests.support.servers import Server, environment, run
+from tests.support.statements import statements
+
+TEXT = "a word that no trace repeats"
+PATIENCE = 20.0
+NAMED = r'"worker_named".*"worker":"([0-9a-f]{12})"'
+COMMAND = [sys.executable, "-m", "app", "trace"]
+
+
+@pytest.fixture
+async def google(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[FakeGoogle]:
+    """Google, on this machine."""
+    plant(TEXT)
+    async with fake_google(tmp_path, monkeypatch) as google:
+        yield google
+
+
+@pytest.fixture
+def pushing(settings: Settings, google: FakeGoogle) -> Settings:
+    """Push is on."""
+    return settings.model_copy(update={"firebase_credentials_path": google.credentials_path, "push_grace_seconds": 0.3})
+
+
+async def launch(start_server: StartServer, settings: Settings) -> Server:
+    """A server. It is waited for in a thread: the loop here is Google's."""
+    server = start_server(settings, ready=False)
+    await asyncio.to_thread(server.wait_until_ready)
+    return server
+
+
+async def with_device(person: Person) -> str:
+    """Register a device; its token."""
+    token = f"device-{uuid.uuid4().hex}"
+    plant(token)
+    await person.do("PUT", "/push/device", {"kind": "token", "token": token})
+    return token
+
+
+def query(settings: Settings, statement: str, **values: Any) -> list[Any]:
+    """Ask the database beside the server."""
+    engine = create_engine(database_url(settings, driver="sync"), poolclass=NullPool)
+    with engine.connect() as connection:
+        rows = list(connection.execute(text(statement), values))
+    engine.dispose()
+    return rows
+
+
+async def trace_of(person: Person, message: Json, **params: Any) -> Json:
+    """What the sender is told."""
+    found: Json = await person.do("GET", f"/messages/{message['id']}/trace", **params)
+    return found
+
+
+async def until(person: Person, message: Json, predicate: Callable[[Json], bool]) -> Json:
+    """The trace, once it is so: marks are written behind, and nothing tells of it."""
+    async with asyncio.timeout(PATIENCE):
+        while not predicate(found := await trace_of(person, message)):  # noqa: ASYNC110 - there is no event to wait for
+            await asyncio.sleep(0.05)
+    return found
+
+
+def push_of(found: Json, person: Person) -> str | None:
+    """What is said of pushing to somebody."""
+    [push] = [one["push"] for one in found["recipients"] if one["user_id"] == person.id]
+    return push if push is None else str(push)
+
+
+async def operator(settings: Settings, message_id: int, *options: str) -> str:
+    """What the operator's command prints, beside whatever runs."""
+    done = await asyncio.to_thread(
+        run, [*COMMAND, str(message_id), *options], cwd=settings.upload_path.parent, env=environment(settings)
+    )
+    assert done.returncode == 0, done.stderr
+    assert TEXT not in done.stdout
+    return done.stdout
+
+
+# --- the sender -------------------------------------------------------------------------------------------------
+
+
+async def test_the_sender_sees_when_it_was_committed_who_told_of_it_and_how_each_recipient_stands(
+    settings: Settings, start_server: StartServer
+) -> None:
+    server = start_server(settings)
+    worker = server.wait_for_log(NAMED).group(1)
+    async with server.client() as client:
+        ann, bo, cy = await people(client, 3)
+        chat = await ann.group(bo, cy)
+        await ann.personal(bo)
+        async with await bo.open(server) as socket:
+            message = await ann.say(chat, TEXT)
+            await socket.wait(type="new_message", chat_id=chat)
+            await socket.send(type="message_delivered", chat_id=chat, message_id=message["id"])
+            await socket.wait(type="message_delivered", chat_id=chat)
+            found = await until(ann, message, lambda found: bool(found["fanned_out"]))
+            assert (found["message_id"], found["chat_id"], found["seq"]) == (message["id"], chat, message["seq"])
+            assert found["committed_at"] == message["created_at"]
+            assert found["fanned_out"]["worker"] == worker
+            assert found["fanned_out"]["up_to_seq"] == message["seq"]
+            assert found["fanned_out"]["at"] >= found["committed_at"]
+            of_bo = {
+                "user_id": bo.id,
+                "delivered": True,
+                "read": False,
+                "read_at": None,
+                "connected": True,
+                "push": "none",
+            }
+            # There is no personal chat with Cy, so that Cy's presence is nothing to Ann.
+            of_cy = {**of_bo, "user_id": cy.id, "delivered": False, "connected": None, "push": None}
+            assert found["recipients"] == [of_bo, of_cy]
+            assert found["next"] is None
+        await bo.read(message)
+        found = await until(ann, message, lambda found: not found["recipients"][0]["connected"])
+        assert found["recipients"][0] == {
+            **of_bo, "read": True, "connected": False, "read_at": found["recipients"][0]["read_at"]
+        }  # fmt: skip
+        assert found["recipients"][0]["read_at"] >= found["committed_at"]
+
+
+async def test_who_did_not_send_it_gets_the_answer_of_a_message_that_does_not_exist(client: httpx.AsyncClient) -> None:
+    ann, bo, cy, eve = await people(client, 4)
+    chat = await ann.group(bo, cy)
+    message = await ann.say(chat, TEXT)
+    of_cy = await cy.say(chat, TEXT)
+    await ann.remove(chat, cy)
+
+    async def ask(person: Person, message_id: int) -> Any:
+        answer = await person.request("GET", f"/messages/{message_id}/trace")
+        headers = {name: value for name, value in answer.headers.items() if name != "x-request-id"}
+        return answer.status_code, answer.content, headers
+
+    assert (await ask(ann, message["id"]))[0] == 200
+    missing = await ask(eve, 2**52)
+    assert missing[0] == 404
+    assert b'"message_not_found"' in missing[1]
+    for person, message_id in (
+        (eve, message["id"]),  # a stranger
+        (bo, message["id"]),  # somebody who reads it
+        (ann, of_cy["id"]),
+        (cy, of_cy["id"]),  # who sent it, and was removed since
+    ):
+        assert await ask(person, message_id) == missing
+
+
+async def test_across_a_block_a_recipient_looks_like_somebody_who_is_away(
+    settings: Settings, start_server: StartServer
+) -> None:
+    server = start_server(settings)
+    async with server.client() as client:
+        ann, bo = await people(client, 2)
+        chat = await ann.personal(bo)
+        message = await ann.say(chat, TEXT)
+        away = {
+            "user_id": bo.id,
+            "delivered": False,
+            "read": False,
+            "read_at": None,
+            "connected": False,
+            "push": "none",
+        }
+        assert (await trace_of(ann, message))["recipients"] == [away]
+        async with await bo.open(server) as socket:
+            await socket.send(type="message_read", chat_id=chat, message_id=message["id"])
+            await socket.wait(type="message_read", chat_id=chat)
+            here = (await trace_of(ann, message))["recipients"]
+            assert here == [{**away, "delivered": True, "read": True, "connected": True, "read_at": here[0]["read_at"]}]
+            for blocker, blocked in ((bo, ann), (ann, bo)):
+                await blocker.block(blocked)
+                assert (await trace_of(ann, message))["recipients"] == [away]
+                await blocker.unblock(blocked)
+
+
+async def test_marks_are_those_that_the_readers_of_a_message_show(client: httpx.AsyncClient) -> None:
+    ann, bo, cy, di, eve, flo = await people(client, 6)
+    chat = await ann.group(bo, cy, di, eve)
+    message = await ann.say(chat, TEXT)
+    for reader in (bo, cy, di):
+        await reader.read(message)
+    await ann.add(chat, flo)  # who came later
+    await cy.block(ann)
+    await di.leave(chat)
+    read_by, delivered_to = await ann.readers(message)
+    recipients = (await trace_of(ann, message))["recipients"]
+    assert {one["user_id"] for one in recipients} == {bo.id, cy.id, eve.id}
+    assert {one["user_id"] for one in recipients if one["read"]} == read_by == {bo.id}
+    assert {one["user_id"] for one in recipients if one["delivered"]} == delivered_to == {bo.id}
+
+
+async def test_recipients_come_in_pages_and_a_page_takes_as_few_queries_whatever_its_length(
+    client: httpx.AsyncClient, services: Services
+) -> None:
+    ann, *others = await people(client, 8)
+    message = await ann.say(await ann.group(*others), TEXT)
+    counts = []
+    for limit in (3, 100):
+        with statements(services.database) as seen:
+            page = await trace_of(ann, message, limit=limit)
+        counts.append(len([statement for statement in seen if statement.lstrip().startswith("SELECT")]))
+        assert len(page["recipients"]) == min(limit, 7)
+    found, cursor = [], None
+    while True:
+        page = await trace_of(ann, message, limit=3, **({"cursor": cursor} if cursor else {}))
+        found += [one["user_id"] for one in page["recipients"]]
+        if (cursor := page["next"]) is None:
+            break
+    assert found == sorted(other.id for other in others)
+    assert counts[0] == counts[1] <= 8, counts
+    assert await ann.refused("GET", f"/messages/{message['id']}/trace", limit=101) == (422, "invalid_request")
+    assert await ann.refused("GET", f"/messages/{message['id']}/trace", cursor="x") == (422, "invalid_cursor")
+
+
+# --- push -------------------------------------------------------------------------------------------------------
+
+
+async def test_the_sender_sees_what_firebase_said_and_that_it_needed_none(
+    pushing: Settings, start_server: StartServer, google: FakeGoogle
+) -> None:
+    server = await launch(start_server, pushing)
+    async with server.client() as client:
+        ann, *others = await people(client, 6)
+        gone, down, taken, unwilling, silent = others
+        chat = await ann.group(*others)
+        for other in others:
+            await ann.personal(other)
+        tokens = {other.id: await with_device(other) for other in others}
+        await silent.do("PATCH", f"/chats/{chat}/settings", {"muted_until": "9999-12-31T23:59:59.000Z"})
+        google.answers[tokens[gone.id]] = [unregistered()]
+        google.answers[tokens[down.id]] = [failure(500, "INTERNAL"), failure(500, "INTERNAL"), Answer()]
+        google.answers[tokens[unwilling.id]] = [failure(400, "INVALID_ARGUMENT")]
+        message = await ann.say(chat, TEXT)
+        await until(ann, message, lambda found: push_of(found, down) == "retrying")
+        found = await until(ann, message, lambda found: push_of(found, down) == "sent")
+        assert push_of(found, taken) == "sent"
+        assert push_of(found, gone) == "unregistered"
+        assert push_of(found, unwilling) == "refused"
+        await until(ann, message, lambda found: push_of(found, silent) == "none")
+        # The token is deleted, and everybody still knows why there is none.
+        assert not query(pushing, "SELECT 1 FROM push_devices WHERE user_id = :id", id=gone.id)
+        later = await ann.say(chat, TEXT)
+        found = await until(ann, later, lambda found: push_of(found, taken) == "sent")
+        assert push_of(found, gone) == "unregistered"
+        # With a new one it goes on.
+        await with_device(gone)
+        newest = await ann.say(chat, TEXT)
+        await until(ann, newest, lambda found: push_of(found, gone) == "sent")
+
+
+async def test_a_push_that_firebase_never_answers_for_is_given_up(
+    pushing: Settings, start_server: StartServer, google: FakeGoogle
+) -> None:
+    server = await launch(start_server, pushing.model_copy(update={"push_give_up_seconds": 0.1}))
+    async with server.client() as client:
+        ann, bo = await people(client, 2)
+        chat = await ann.personal(bo)
+        google.answers[await with_device(bo)] = [failure(503, "UNAVAILABLE")]
+        message = await ann.say(chat, TEXT)
+        await until(ann, message, lambda found: push_of(found, bo) == "given_up")
+        full = json.loads(await operator(pushing, message["id"], "--json"))
+        [session] = full["recipients"][0]["sessions"]
+        assert session["push"] == "given_up"
+        assert session["pushed"]["reason"] == "UnavailableError 503"
+
+
+async def test_a_server_that_does_not_push_says_so_of_those_who_have_a_device(client: httpx.AsyncClient) -> None:
+    ann, bo = await people(client, 2)
+    message = await ann.say(await ann.personal(bo), TEXT)
+    assert push_of(await trace_of(ann, message), bo) == "none"
+    await with_device(bo)
+    assert push_of(await trace_of(ann, message), bo) == "off"
+
+
+# --- the operator -----------------------------------------------------------------------------------------------
+
+
+async def test_the_operator_sees_mute_devices_and_answers_beside_the_server_and_no_text(
+    pushing: Settings, start_server: StartServer, google: FakeGoogle
+) -> None:
+    server = await launch(start_server, pushing)
+    async with server.client() as client:
+        ann, bo, cy, di = await people(client, 4)
+        chat = await ann.group(bo, cy, di)
+        token_bo, token_cy = await with_device(bo), await with_device(cy)
+        google.answers[token_bo] = [unregistered()]
+        await cy.do("PATCH", f"/chats/{chat}/settings", {"muted_until": "9999-12-31T23:59:59.000Z"})
+        message = await ann.say(chat, TEXT)
+        await cy.read(message)
+        await di.block(ann)
+        await di.leave(chat)
+        await until(ann, message, lambda found: bool(found["fanned_out"]))
+
+        async def full() -> Json:
+            printed: Json = json.loads(await operator(pushing, message["id"], "--json"))
+            return printed
+
+        async with asyncio.timeout(PATIENCE):
+            while (found := await full())["pushed_seq"] < message["seq"]:
+                pass
+        assert (found["chat_id"], found["seq"], found["sender_id"]) == (chat, message["seq"], ann.id)
+        assert found["sender"] == ann.account.username
+        assert found["committed_at"] == message["created_at"]
+        assert {run["part"] for run in found["fanout"] if run["covers"]} == {"commit"}  # nobody had a socket
+        of_bo, of_cy, of_di = found["recipients"]
+        assert (of_bo["username"], of_bo["muted"], of_bo["state"]) == (bo.account.username, False, "member")
+        [session] = of_bo["sessions"]
+        assert (session["device"], session["push"]) == (None, "unregistered")
+        assert session["pushed"]["answer"] == "dead"
+        assert session["pushed"]["reason"] == "UnregisteredError"
+        assert session["pushed"]["tried_seq"] == message["seq"]
+        assert (of_cy["muted"], of_cy["muted_until"]) == (True, "9999-12-31T23:59:59.000Z")
+        assert of_cy["read_seq"] == of_cy["delivered_seq"] == message["seq"]
+        assert (of_cy["sessions"][0]["device"], of_cy["sessions"][0]["push"]) == ("token", "none")
+        assert (of_di["state"], of_di["left_seq"]) == ("left", message["seq"] + 1)
+        assert of_di["blocks_sender"]
+        assert not of_di["blocked_by_sender"]
+
+        table = await operator(pushing, message["id"])
+        assert f"Message {message['id']}: seq {message['seq']} of chat {chat} (group)" in table
+        for word in (bo.account.username, "until 9999-12-31", "blocks sender", "dead (UnregisteredError)", "committed"):
+            assert word in table, table
+        assert token_bo not in table
+        assert token_cy not in table
+
+
+async def test_the_command_says_in_a_sentence_what_is_wrong(settings: Settings, tmp_path: Path) -> None:
+    env = environment(settings)
+    none = run([*COMMAND, "42"], cwd=tmp_path, env=env)
+    assert (none.returncode, none.stdout, none.stderr) == (1, "", "There is no such message. (message 42)\n")
+    for wrong in ("0", "x", "-1", str(2**53)):
+        refused = run([*COMMAND, "--", wrong], cwd=tmp_path, env=env)
+        assert (refused.returncode, refused.stdout) == (2, "")
+        assert "an id is a number" in refused.stderr
+    if not settings.uses_mysql:
+        missing = tmp_path / "missing.db"
+        done = run([*COMMAND, "42"], cwd=tmp_path, env={**env, "SQLITE_PATH": str(missing)})
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr == f"There is no database {missing}; run: python -m app migrate\n"
+        assert not missing.exists()
+
+
+def test_a_device_named_in_control_characters_does_not_move_the_cursor_of_a_terminal() -> None:
+    session: Any = {
+        "session_id": 7, "device_name": "Pixel\x1b[2J\u202e", "platform": "", "state": "alive", "last_seen_at": "-",
+        "device": None, "registered_at": None, "push": "none", "pushed": None,
+    }  # fmt: skip
+    recipient: RecipientDetail = {
+        "user_id": 2, "username": "jane", "state": "member", "joined_seq": 1, "left_seq": None, "visible": True,
+        "delivered_seq": 0, "read_seq": 0, "read_at": None, "muted": False, "muted_until": None, "blocks_sender": False,
+        "blocked_by_sender": False, "last_seen_at": None, "sessions": [session],
+    }  # fmt: skip
+    found: FullTrace = {
+        "message_id": 1, "chat_id": 1, "chat_type": "group", "seq": 1, "message_type": "text", "sender_id": 1,
+        "sender": "ann", "committed_at": "-", "deleted_at": None, "last_seq": 1, "pushed_seq": 0, "push_is_on": False,
+        "fanout": [], "recipients": [recipient],
+    }  # fmt: skip
+    assert any("Pixel?[2J?" in line for line in lines_of(found))
+    assert all(line.isprintable() for line in lines_of(found))
+
+
+# --- the truth --------------------------------------------------------------------------------------------------
+
+
+async def test_after_a_kill_the_trace_claims_nothing_that_did_not_happen(
+    pushing: Settings, start_server: StartServer, google: FakeGoogle
+) -> None:
+    server = await launch(start_server, pushing)
+    worker = server.wait_for_log(NAMED).group(1)
+    async with server.client() as client:
+        ann, bo = await people(client, 2)
+        chat = await ann.personal(bo)
+        hangs = asyncio.Event()
+        token = await with_device(bo)
+        google.answers[token] = [Answer(), Answer(when=hangs)]
+        first = await ann.say(chat, TEXT)
+        await until(ann, first, lambda found: bool(found["fanned_out"]) and push_of(found, bo) == "sent")
+        second = await ann.say(chat, TEXT)
+        await google.wait(token, 2)  # it is with Google, who has not answered
+        last = await ann.say(chat, TEXT)
+    server.signal(signal.SIGKILL)
+    await asyncio.to_thread(server.wait)
+    rows = query(pushing, "SELECT first_seq, last_seq FROM fanout_marks WHERE chat_id = :id", id=chat)
+    assert rows
+    assert all(first["seq"] <= mark.last_seq <= last["seq"] for mark in rows)
+    [(sent_seq, tried_seq, answer)] = query(
+        pushing, "SELECT sent_seq, tried_seq, answer FROM push_marks WHERE chat_id = :id", id=chat
+    )
+    assert (sent_seq, tried_seq, answer) == (first["seq"], first["seq"], "sent")
+    full = json.loads(await operator(pushing, second["id"], "--json"))
+    assert full["recipients"][0]["sessions"][0]["push"] == "waiting"
+    hangs.set()
+    # The next process has another name, pushes again what nobody has answered for, and tells of what it told.
+    other = await launch(start_server, pushing)
+    async with other.client() as client:
+        ann = Person(client, ann.account)
+        await until(ann, last, lambda found: push_of(found, bo) == "sent")
+        newest = await ann.say(chat, TEXT)
+        found = await until(ann, newest, lambda found: bool(found["fanned_out"]))
+        assert found["fanned_out"]["worker"] != worker
+        assert (await trace_of(ann, first))["fanned_out"]["worker"] == worker
+        of_last = (await trace_of(ann, last))["fanned_out"]
+        assert of_last is None or of_last["worker"] == worker
+
+
+async def test_a_stop_stores_what_was_noted_last(settings: Settings, start_server: StartServer) -> None:
+    server = start_server(settings)
+    async with server.client() as client:
+        ann, bo = await people(client, 2)
+        chat = await ann.personal(bo)
+        seqs = [(await ann.say(chat, TEXT))["seq"] for _ in range(5)]
+    server.stop()
+    [(first_seq, last_seq)] = query(
+        settings, "SELECT first_seq, last_seq FROM fanout_marks WHERE chat_id = :id", id=chat
+    )
+    assert (first_seq, last_seq) == (seqs[0], seqs[-1])
+
+
+async def test_a_session_that_is_pruned_takes_its_marks_along(
+    client: httpx.AsyncClient, app: FastAPI, services: Services
+) -> None:
+    ann, bo = await people(client, 2)
+    chat = await ann.personal(bo)
+    async with services.database.reading() as session:
+        [phone] = (await repository.list_phones(session, chat, [bo.id]))[bo.id]
+    now = services.clock.now().replace(tzinfo=None)
+    async with services.database.writing() as session:
+        await repository.save_pushed(session, [PushRow(phone.session_id, chat, 1, 1, "sent", "", now)])
+        await session.execute(
+            text("UPDATE sessions SET expires_at = :at WHERE id = :id"),
+            {"at": (now - timedelta(days=1)).isoformat(" ", "microseconds"), "id": phone.session_id},
+        )
+    form = {"username": bo.account.phone, "password": bo.account.password}
+    tokens = (await client.post("/api/v1/auth/token", data=form)).raise_for_status().json()
+    plant(tokens["access_token"], tokens["refresh_token"])
+    async with services.database.reading() as session:
+        assert not list(await session.execute(text("SELECT 1 FROM push_marks")))
+        assert len((await repository.list_phones(session, chat, [bo.id]))[bo.id]) == 1
