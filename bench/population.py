@@ -43,13 +43,14 @@ MEMBER_COLUMNS = (
     "chat_id", "user_id", "role", "joined_at", "joined_seq", "joined_version", "visible_from_seq", "left_seq",
     "read_seq", "read_at", "delivered_seq", "public_read_seq", "public_delivered_seq", "version", "account_version",
 )  # fmt: skip
+CHAT_COLUMNS = (
+    "id", "type", "title", "description", "history_visible", "created_by", "created_at", "last_seq", "version",
+    "members_version", "info_version", "member_count", "last_activity_at", "changed_at", "pushed_seq",
+)  # fmt: skip
 COLUMNS: dict[str, tuple[str, ...]] = {
     "messages": MessageRow._fields,
     "chat_members": MEMBER_COLUMNS,
-    "chats": (
-        "id", "type", "title", "description", "history_visible", "created_by", "created_at", "last_seq", "version",
-        "members_version", "info_version", "member_count", "last_activity_at", "changed_at", "pushed_seq",
-    ),
+    "chats": CHAT_COLUMNS,
     "user_pairs": (
         "low_id", "high_id", "chat_id", "low_blocks_high", "high_blocks_low", "low_blocked_at", "high_blocked_at",
         "low_account_version", "high_account_version",
@@ -66,6 +67,8 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     ),
     "refresh_tokens": ("token_hash", "session_id", "created_at"),
     "push_devices": ("session_id", "user_id", "kind", "token", "updated_at"),
+    "fanout_marks": ("chat_id", "worker", "part", "first_seq", "last_seq", "at"),
+    "push_marks": ("session_id", "chat_id", "sent_seq", "tried_seq", "answer", "reason", "at"),
 }  # fmt: skip
 
 FIRST_NAMES = (
@@ -189,6 +192,7 @@ class _Population:
         self.drafts: list[Row] = []
         self.chat_rows: list[Row] = []
         self.member_rows: list[Row] = []
+        self.push_marks: list[Row] = []
         self.messages = 0
         self.texts = self._texts()
 
@@ -207,6 +211,7 @@ class _Population:
         ):
             self.emit(table, sorted(rows, key=lambda row: row[:3]))
         self._user_settings()
+        self.emit("push_marks", sorted(self.push_marks, key=lambda row: row[:2]))
         for table, found in (("users", self._users()), *self._sessions()):
             for part in _chunks(found):
                 self.emit(table, part)
@@ -220,7 +225,25 @@ class _Population:
     def _hand_over_chats(self) -> None:
         self.emit("chats", self.chat_rows)
         self.emit("chat_members", self.member_rows)
+        self._note_marks()
         self.chat_rows, self.member_rows = [], []
+
+    def _note_marks(self) -> None:
+        """What the delivery trace knows of the chats at hand: one worker told of all that was said, and in every tenth
+        chat the phones (every second person has one) were pushed to up to their owner's mark."""
+        told: list[Row] = []
+        large = (self.size.large_chat, self.size.largest_chat_by_members)
+        activity = CHAT_COLUMNS.index("last_activity_at")
+        for row in self.chat_rows:
+            last_seq = row[CHAT_COLUMNS.index("last_seq")]
+            told += [(row[0], "seeded", part, 1, last_seq, row[activity]) for part in ("commit", "sockets")]
+        self.emit("fanout_marks", told)
+        for row in self.member_rows:
+            chat_id, user_id, read_seq = (
+                row[MEMBER_COLUMNS.index(name)] for name in ("chat_id", "user_id", "read_seq")
+            )
+            if int(str(user_id)) % 2 and (chat_id in large or int(str(chat_id)) % 10 == 0):
+                self.push_marks.append((user_id, chat_id, read_seq, read_seq, "sent", "", self.now - timedelta(days=1)))
 
     def _texts(self) -> list[str]:
         lengths = (int(self.random.lognormvariate(1.9, 0.8)) + 1 for _ in range(512))

@@ -12,6 +12,7 @@ import contextlib
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 import pymysql
@@ -19,7 +20,7 @@ from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.core.config import Settings
-from app.db.repositories import accounts, chat_log, chats, pairs, push, sessions, users
+from app.db.repositories import accounts, chat_log, chats, pairs, push, sessions, trace, users
 from app.db.schemas import ResumeIn
 from app.services.chat_log.changes import Change, EditMessage, Mark, SendMessage
 from app.services.container import Services, build_services
@@ -274,6 +275,25 @@ async def _one(cast: Cast) -> object:
 @_probe("readers of a message", lambda size: 3 * size.large_chat_members + 10, 10)
 async def _readers(cast: Cast) -> object:
     return await cast.services.messages.readers(READER, cast.chat, cast.newest_id)
+
+
+@_probe("the trace of a message", lambda size: 6 * min(PAGE, size.large_chat_members) + 20, 60)
+async def _trace(cast: Cast) -> object:
+    return await cast.services.trace.trace(cast.sender_id, cast.newest_id, cursor=None, limit=PAGE)
+
+
+@_probe("the trace of a message, for the operator", lambda size: 10 * size.large_chat_members + 30, 60)
+async def _trace_full(cast: Cast) -> object:
+    return await cast.services.trace.full(cast.newest_id)
+
+
+@_query("marks of fan-out of 10 chats", 6 * RECENT)
+async def _fanout_marks(cast: Cast, session: AsyncSession) -> None:
+    now = cast.services.clock.now().replace(tzinfo=None)
+    chat_ids = range(1, RECENT + 1)
+    rows = [trace.FanoutRow(chat_id, "probe", "commit", 1, 1, now) for chat_id in chat_ids]
+    await trace.save_fanout(session, rows)
+    await trace.prune_fanout(session, chat_ids, datetime(2000, 1, 1))  # noqa: DTZ001 - naive UTC
 
 
 # --- the list of chats ------------------------------------------------------------------------------------------

@@ -8,9 +8,9 @@ import signal
 import sys
 import uuid
 from collections.abc import AsyncIterator, Callable
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import pytest
@@ -18,14 +18,18 @@ from fastapi import FastAPI
 from sqlalchemy import create_engine, text
 from sqlalchemy.pool import NullPool
 
+from app.core.clock import Clock
 from app.core.config import Settings
-from app.db.database import database_url
+from app.db.database import Database, database_url
 from app.db.repositories import trace as repository
-from app.db.repositories.trace import PushRow
+from app.db.repositories.chat_log import MessageRow
+from app.db.repositories.push import UnpushedChat
+from app.db.repositories.trace import FanoutRow, PhoneRow, PushRow
 from app.services.container import Services
-from app.services.trace_service import FullTrace, RecipientDetail
+from app.services.trace_service import FullTrace, RecipientDetail, TraceService
 from app.trace import lines_of
 from tests.conftest import StartServer
+from tests.support.databases import make_settings
 from tests.support.firebase import Answer, FakeGoogle, failure, fake_google, unregistered
 from tests.support.people import Json, Person, people
 from tests.support.secrets import plant
@@ -241,6 +245,26 @@ async def test_recipients_come_in_pages_and_a_page_takes_as_few_queries_whatever
     assert await ann.refused("GET", f"/messages/{message['id']}/trace", cursor="x") == (422, "invalid_cursor")
 
 
+async def test_whose_sockets_let_it_out_is_not_told_to_the_sender(
+    client: httpx.AsyncClient, services: Services
+) -> None:
+    ann, bo = await people(client, 2)
+    chat = await ann.group(bo)
+    message = await ann.say(chat, TEXT)
+    await services.fanout.store()
+    now = services.clock.now().replace(tzinfo=None)
+    async with services.database.writing() as session:
+        await session.execute(text("DELETE FROM fanout_marks"))
+        await repository.save_fanout(session, [FanoutRow(chat, "w", "sockets", 1, message["seq"], now)])
+    assert (await trace_of(ann, message))["fanned_out"] is None
+    # Nor is a run that began after it, or ended before it, one that holds it.
+    for first, last, told in ((message["seq"] + 1, 99, False), (1, 1, False), (message["seq"], 99, True)):
+        async with services.database.writing() as session:
+            await session.execute(text("DELETE FROM fanout_marks"))
+            await repository.save_fanout(session, [FanoutRow(chat, "w", "commit", first, last, now)])
+        assert bool((await trace_of(ann, message))["fanned_out"]) == told
+
+
 # --- push -------------------------------------------------------------------------------------------------------
 
 
@@ -291,6 +315,57 @@ async def test_a_push_that_firebase_never_answers_for_is_given_up(
         [session] = full["recipients"][0]["sessions"]
         assert session["push"] == "given_up"
         assert session["pushed"]["reason"] == "UnavailableError 503"
+
+
+NOW = datetime(2026, 1, 31, 12, tzinfo=UTC).replace(tzinfo=None)
+
+
+@pytest.mark.parametrize(
+    ("pushed", "device", "cursor", "age", "says"),
+    [
+        (None, False, 20, 0, "none"),
+        (None, True, 20, 0, "none"),
+        (None, True, 9, 0, "waiting"),
+        (None, True, 9, 25, "none"),  # hours: what is older than a day is not pushed any more
+        ((12, 12, "sent"), True, 9, 0, "sent"),
+        ((12, 14, "dead"), False, 20, 0, "sent"),  # this one it had
+        ((8, 8, "sent"), True, 9, 0, "waiting"),
+        ((8, 8, "sent"), True, 20, 0, "none"),
+        ((8, 12, "retry"), True, 9, 0, "retrying"),
+        ((8, 12, "retry"), True, 20, 0, "none"),  # it was read, or muted, before the next try
+        ((8, 12, "given_up"), True, 20, 0, "given_up"),
+        ((8, 12, "refused"), True, 20, 0, "refused"),
+        ((8, 9, "refused"), True, 20, 0, "none"),
+        ((0, 8, "dead"), False, 20, 0, "unregistered"),  # ever since
+        ((0, 8, "dead"), True, 20, 0, "none"),  # it has come back
+        ((0, 12, "dead"), True, 20, 0, "unregistered"),
+    ],
+)
+def test_what_is_said_of_a_push_follows_from_its_marks(
+    pushed: tuple[int, int, str] | None, device: bool, cursor: int, age: int, says: str
+) -> None:
+    service = TraceService(
+        settings=make_settings(),
+        clock=cast(Clock, ClockAt(NOW)),
+        database=cast(Database, None),
+        is_online=lambda _: False,
+        push_is_on=True,
+    )
+    mark = PushRow(7, 1, pushed[0], pushed[1], pushed[2], "", NOW) if pushed else None
+    phone = PhoneRow(7, 2, "", "", NOW, NOW, None, None, "token" if device else None, NOW if device else None, mark)
+    created = NOW - timedelta(hours=age)
+    message = MessageRow(1, 10, 1, 1, 1, b"", "text", "", None, None, None, None, created, None, None)
+    assert service._answer(message, UnpushedChat(1, "group", 30, cursor), phone) == says
+
+
+class ClockAt:
+    """It is then."""
+
+    def __init__(self, moment: datetime) -> None:
+        self._moment = moment.replace(tzinfo=UTC)
+
+    def now(self) -> datetime:
+        return self._moment
 
 
 async def test_a_server_that_does_not_push_says_so_of_those_who_have_a_device(client: httpx.AsyncClient) -> None:
@@ -397,8 +472,9 @@ async def test_after_a_kill_the_trace_claims_nothing_that_did_not_happen(
     server = await launch(start_server, pushing)
     worker = server.wait_for_log(NAMED).group(1)
     async with server.client() as client:
-        ann, bo = await people(client, 2)
+        ann, bo, cy = await people(client, 3)
         chat = await ann.personal(bo)
+        await with_device(cy)
         hangs = asyncio.Event()
         token = await with_device(bo)
         google.answers[token] = [Answer(), Answer(when=hangs)]
@@ -406,6 +482,9 @@ async def test_after_a_kill_the_trace_claims_nothing_that_did_not_happen(
         await until(ann, first, lambda found: bool(found["fanned_out"]) and push_of(found, bo) == "sent")
         second = await ann.say(chat, TEXT)
         await google.wait(token, 2)  # it is with Google, who has not answered
+        # Once what Firebase says to Cy's push is stored, all that was noted before it is.
+        beside = await ann.say(await ann.personal(cy), TEXT)
+        await until(ann, beside, lambda found: push_of(found, cy) == "sent")
         last = await ann.say(chat, TEXT)
     server.signal(signal.SIGKILL)
     await asyncio.to_thread(server.wait)
