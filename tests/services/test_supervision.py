@@ -20,6 +20,7 @@ from app.services import (
     auth_service,
     connection_manager,
     container,
+    fanout_marks,
     file_service,
     notification_service,
     presence_service,
@@ -45,6 +46,7 @@ ENDLESS: dict[str, Callable[[Services], tuple[Any, str]]] = {
     "push-lead": lambda services: (services.notifications._leadership, "hold"),
     "push": lambda services: (services.notifications, "_search"),
     "push-cursors": lambda services: (services.notifications, "_store"),
+    "fanout-marks": lambda services: (services.fanout, "store"),
     "telemetry": lambda services: (services.telemetry, "_tick"),
 }
 # Those that mostly have nothing to do, or end when they have done it, and must not end before.
@@ -69,6 +71,7 @@ def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(notification_service, "LEAD_SECONDS", 0.05)
     monkeypatch.setattr(notification_service, "SEARCH_SECONDS", 0.05)
     monkeypatch.setattr(notification_service, "STORE_SECONDS", 0.05)
+    monkeypatch.setattr(fanout_marks, "STORE_SECONDS", 0.05)
     monkeypatch.setattr(presence_service, "LAST_SEEN_DELAY_SECONDS", 0.01)
     monkeypatch.setattr(auth_service, "SEEN_DELAY_SECONDS", 0.01)
     monkeypatch.setattr(connection_manager, "TICK_SECONDS", 0.05)

@@ -63,7 +63,7 @@ async def catch_up(services: ServicesDep, caller: BulkCallerDep, body: ResumeIn)
 
 
 @router.get("/{message_id:int}/trace", summary="Why did it not arrive?", responses=problems("overloaded"))
-async def trace_message(
+async def get_message_trace(
     services: ServicesDep,
     caller: BulkCallerDep,
     message_id: Annotated[int, Path(ge=1, le=MAX_ID, description="Id of a message of the caller's.", examples=[42])],
