@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -13,12 +14,17 @@ from app.db.log_connection import LogConnection, Row, Statement
 
 
 @contextmanager
-def statements(database: Database) -> Iterator[list[str]]:
-    """The statements that run meanwhile, those of the writer's own connection too."""
+def statements(database: Database, *, background: bool = False) -> Iterator[list[str]]:
+    """The statements that run meanwhile, those of the writer's own connection too.
+
+    Not those of the task that stores marks of fan-out once a second, unless `background`.
+    """
     seen: list[str] = []
 
     def note(_connection: Any, _cursor: Any, statement: str, *_rest: Any) -> None:
-        seen.append(statement)
+        task = asyncio.current_task()
+        if background or task is None or task.get_name() != "fanout-marks":
+            seen.append(statement)
 
     flush = LogConnection._flush
 
