@@ -29,6 +29,7 @@ from app.db.repositories.pairs import PairRow
 from app.db.repositories.push import UnpushedChat
 from app.db.repositories.trace import PhoneRow, RecipientRow
 from app.db.schemas import MessageTrace, PushAnswer, TracedRecipient
+from app.services.fanout_marks import FanoutMarks
 from app.services.notification_service import BACKLOG_SECONDS
 
 RECIPIENT_CURSOR = (int,)
@@ -124,12 +125,14 @@ class TraceService:
         settings: Settings,
         clock: Clock,
         database: Database,
+        fanout: FanoutMarks | None = None,
         is_online: Callable[[int], bool],
         push_is_on: bool,
     ) -> None:
         self._settings = settings
         self._clock = clock
         self._database = database
+        self._fanout = fanout
         self._is_online = is_online
         self._push_is_on = push_is_on
 
@@ -144,6 +147,8 @@ class TraceService:
         async with self._database.reading() as session:
             message, chat = await self._find_own(session, user_id, message_id)
             fanout = await repository.list_fanout(session, chat.id)
+            if self._fanout is not None and (newest := self._fanout.waiting(chat.id, "commit")) is not None:
+                fanout.insert(0, newest)
             rows = await repository.list_recipients(
                 session, chat.id, after=after, limit=limit + 1, of=(message.seq, message.sender_id)
             )
