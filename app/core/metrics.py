@@ -123,6 +123,10 @@ writer_queue = _gauge("dialect_writer_queue", "Changes not yet committed.")
 batches_retried = _counter(
     "dialect_batches_retried_total", "Transactions of the writer tried again, for the database's reasons."
 )
+batches_outdated = _counter(
+    "dialect_batches_outdated_total",
+    "Transactions of the writer begun again with a look at their chats, which somebody else had changed or held.",
+)
 batches_bisected = _counter(
     "dialect_batches_bisected_total", "Transactions of the writer cut in two, to find a change that cannot be stored."
 )

@@ -35,7 +35,7 @@ from sqlalchemy.util import await_only
 from app.core import metrics
 from app.core.config import Settings, get_settings
 from app.core.errors import StartupError, Unavailable
-from app.db.errors import DATABASE_ERRORS, describe, is_lock_conflict, is_transient, unavailable
+from app.db.errors import DATABASE_ERRORS, describe, is_lock_conflict, is_outdated, is_transient, unavailable
 from app.db.log_connection import SQLITE_PRAGMAS, LogConnection, MySQLLogConnection, SQLiteLogConnection
 
 log = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ SQLITE_READERS = 4
 SQLITE_LOCK_SLICE_SECONDS = 0.25
 """SQLite waits for a lock in a thread that cannot be interrupted, so never for longer than this at a time."""
 MYSQL_LOG_CONNECTIONS = 2
-"""Transactions of the chat log's writer under way at once."""
+"""Transactions of the chat log's writer under way at once: the second only beside a commit that takes long."""
 MYSQL_RECYCLE_SECONDS = 1800
 """A connection older than this is replaced: proxies and servers drop old ones without a word."""
 
@@ -277,9 +277,14 @@ class Database:
             async with deadline(self.settings.db_timeout_seconds):
                 if self.is_mysql:
                     mysql = await self._take_mysql_log()
-                    async with self._committing(mysql):
-                        yield mysql
-                    self._mysql_logs.append(mysql)
+                    try:
+                        async with self._committing(mysql):
+                            yield mysql
+                    finally:
+                        if self._closed:
+                            mysql.abandon()
+                        elif mysql.is_open:
+                            self._mysql_logs.append(mysql)
                 else:
                     async with self._sqlite_write, self._committing(self._sqlite_log):
                         yield self._sqlite_log
@@ -299,6 +304,16 @@ class Database:
         try:
             yield
             await connection.commit()
+        except BaseException as error:
+            if is_outdated(error):
+                await self._roll_back(connection)
+            else:
+                connection.abandon()
+            raise
+
+    async def _roll_back(self, connection: LogConnection) -> None:
+        try:
+            await connection.rollback()
         except BaseException:
             connection.abandon()
             raise

@@ -18,6 +18,9 @@ DATABASE_ERRORS = (DBAPIError, PoolTimeoutError, mysql_errors.Error, sqlite3.Err
 LOCK_ERRORS = frozenset({1205, 1213, 3572})
 """MySQL: lock wait timeout, deadlock, NOWAIT refused. The transaction may simply be tried again."""
 
+OUTDATED_ERRORS = frozenset({1690, 3572})
+"""MySQL: a number out of range, NOWAIT refused."""
+
 MYSQL_TRANSIENT = LOCK_ERRORS | {
     # full disks and memory
     *(1021, 1030, 1037, 1038, 1041, 1114, 1135, 1206),
@@ -85,6 +88,11 @@ def is_sent_before(error: BaseException) -> bool:
     return isinstance(cause, (sqlite3.IntegrityError, mysql_errors.IntegrityError)) and _violated(cause) == (
         "uq_messages_chat_id_sender_id_client_id"
     )
+
+
+def is_outdated(error: BaseException) -> bool:
+    """Whether MySQL found a chat changed or held (`repositories.chat_log.require_unchanged`)."""
+    return isinstance(error, mysql_errors.Error) and _mysql_code(error) in OUTDATED_ERRORS
 
 
 def unavailable(error: BaseException) -> Unavailable:

@@ -62,6 +62,11 @@ class LogConnection(ABC):
     async def _run(self, statements: Sequence[Statement], *, begin: bool, commit: bool) -> list[list[Row]]:
         """Run statements between BEGIN and COMMIT as asked, and return the rows of each."""
 
+    async def rollback(self) -> None:
+        """Take back what was not committed; the connection goes on. Raises the driver's errors."""
+        self._deferred, self._begun = [], False
+        await self._run([Statement("ROLLBACK")], begin=False, commit=False)
+
     @abstractmethod
     def abandon(self) -> None:
         """Give up, wherever it stands: what was not committed never happened."""
@@ -78,6 +83,7 @@ class MySQLLogConnection(LogConnection):
     def __init__(self, driver: Driver) -> None:
         super().__init__()
         self._driver = driver
+        self.is_open = True
 
     async def _run(self, statements: Sequence[Statement], *, begin: bool, commit: bool) -> list[list[Row]]:
         parts = [statement.sql for statement in statements]
@@ -97,6 +103,7 @@ class MySQLLogConnection(LogConnection):
 
     def abandon(self) -> None:
         # Hanging up is the one way that cannot wait for a server that does not answer.
+        self.is_open = False
         self._driver.close()
 
 

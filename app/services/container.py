@@ -286,6 +286,7 @@ def build_services(settings: Settings, clock: Clock | None = None) -> Services:
             settings=settings,
             clock=clock,
             database=database,
+            fanout=fanout,
             is_online=online.is_online,
             push_is_on=notifications.enabled,
         ),
@@ -312,6 +313,7 @@ def _listen(services: Services) -> None:
     cluster, connections = services.cluster, services.connections
 
     def announce(item: AnnounceItem) -> None:
+        services.appender.known.drop([item["chat_id"]])
         services.sequencer.receive(
             Remote(
                 chat_id=item["chat_id"],

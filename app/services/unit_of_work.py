@@ -87,6 +87,8 @@ class UnitOfWorkFactory:
         async with self.database.writing() as session:
             uow = UnitOfWork(session, self._appender, self.ids)
             yield uow
+        for result in uow.appended:
+            self._appender.known.put(result.chats)
         announce_all(uow.appended, self._announce)
         for action in uow.actions:
             try:

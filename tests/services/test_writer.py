@@ -7,11 +7,12 @@ import uuid
 
 import httpx
 import pytest
+from sqlalchemy import text
 
 from app.core.config import Settings
 from app.core.errors import DialectError, Unavailable
+from app.db.database import MYSQL_LOG_CONNECTIONS
 from app.services.chat_log.changes import Change, Done, EditMessage, Mark, SendMessage
-from app.services.chat_log.writer import FEW
 from app.services.container import Services
 from tests.support.locks import held
 from tests.support.people import Json, contents, people
@@ -105,11 +106,11 @@ async def test_a_chat_that_somebody_holds_waits_while_others_are_written(
 async def one_commits(services: Services) -> None:
     """Wait until a batch is at its commit."""
     async with asyncio.timeout(5):
-        while not any(lane.committing for lane in services.writer._lanes):  # noqa: ASYNC110 - it tells nobody
+        while all(lane.committing_since is None for lane in services.writer._lanes):  # noqa: ASYNC110 - it tells nobody
             await asyncio.sleep(0.01)
 
 
-async def test_while_one_batch_waits_for_its_commit_another_goes_on_and_overtakes_it_in_no_chat(
+async def test_beside_a_commit_that_hangs_others_go_on_and_overtake_it_in_no_chat(
     client: httpx.AsyncClient, services: Services, settings: Settings
 ) -> None:
     if not settings.uses_mysql:
@@ -130,22 +131,120 @@ async def test_while_one_batch_waits_for_its_commit_another_goes_on_and_overtake
     assert contents(await bo.history(quick)) == ["0", "1", "2", "3", "4"]
 
 
-async def test_under_load_no_batch_begins_beside_a_commit(
-    client: httpx.AsyncClient, services: Services, settings: Settings
+async def test_beside_a_commit_that_takes_no_time_no_batch_begins(
+    client: httpx.AsyncClient, services: Services, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not settings.uses_mysql:
         pytest.skip("SQLite has one lock for all")
     ann, bo = await people(client, 2)
     quick, slow = await ann.group(bo), await ann.group(bo)
     await ann.say(slow, "ids are leased")
+    monkeypatch.setattr("app.services.chat_log.writer.SLOW_COMMIT_SECONDS", 60)
     with held(settings, f"chat_members WHERE chat_id = {slow}"):
         waiting = [asyncio.create_task(services.writer.write(send(slow, ann.id, "first")))]
         await one_commits(services)
-        waiting += [asyncio.create_task(services.writer.write(send(quick, bo.id, str(i)))) for i in range(FEW)]
+        waiting += [asyncio.create_task(services.writer.write(send(quick, bo.id, str(i)))) for i in range(5)]
         await asyncio.wait(waiting, timeout=0.3)
         assert not any(task.done() for task in waiting)
     await asyncio.gather(*waiting)
-    assert contents(await bo.history(quick)) == [str(number) for number in range(FEW)]
+    assert contents(await bo.history(quick)) == [str(number) for number in range(5)]
+
+
+def looked(seen: list[str]) -> int:
+    """How often the writer looked at chats before it wrote to them."""
+    return len([one for one in seen if one.startswith("SELECT id, type") and "FOR UPDATE SKIP LOCKED" in one])
+
+
+async def test_to_chats_it_remembers_the_writer_sends_in_one_packet(
+    client: httpx.AsyncClient, services: Services, settings: Settings
+) -> None:
+    if not settings.uses_mysql:
+        pytest.skip("SQLite is asked in its own process")
+    ann, bo = await people(client, 2)
+    chats = [await ann.group(bo) for _ in range(30)]  # more than are compared by name
+    done: list[Done | BaseException] = []
+    for some in (chats[:1], chats):
+        await outcomes(services, [send(chat_id, ann.id, "hello") for chat_id in some])
+        with statements(services.database) as seen:
+            done = await outcomes(services, [send(chat_id, bo.id, "again") for chat_id in some])
+        assert all(isinstance(one, Done) for one in done)
+        assert looked(seen) == 0
+        assert len([one for one in seen if one.startswith("SELECT EXP(")]) == 1
+    assert contents(await bo.history(chats[0])) == ["hello", "again"] * 2
+    assert [message_of(one)["seq"] for one in done] == [5] + [3] * 29
+    assert len(services.database._mysql_logs) == MYSQL_LOG_CONNECTIONS
+
+
+CHANGES = {
+    "renamed": "UPDATE chats SET title = 'new', version = version + 1, info_version = version WHERE id = {chat}",
+    "a message": "UPDATE chats SET version = version + 1 WHERE id = {chat}",
+    "a block": "UPDATE chats SET members_version = members_version + 1 WHERE id = {chat}",
+}
+"""What another worker does to a chat, of which the bus says nothing."""
+
+
+@pytest.mark.parametrize("others", [0, 29])
+@pytest.mark.parametrize("change", list(CHANGES))
+async def test_a_chat_that_another_worker_has_changed_is_looked_at_before_anything_is_written(
+    client: httpx.AsyncClient, services: Services, settings: Settings, change: str, others: int
+) -> None:
+    if not settings.uses_mysql:
+        pytest.skip("SQLite serves one process")
+    ann, bo = await people(client, 2)
+    changed, *rest = [await ann.group(bo) for _ in range(1 + others)]
+    first = [message_of(one) for one in await outcomes(services, [send(chat, ann.id) for chat in (changed, *rest)])]
+    async with services.database.writing() as session:
+        await session.execute(text(CHANGES[change].format(chat=changed)))
+    open_before = list(services.database._mysql_logs)
+    with statements(services.database) as seen:
+        again = await outcomes(services, [send(chat, bo.id) for chat in (changed, *rest)])
+    assert looked(seen) == 1
+    assert [message_of(one)["seq"] for one in again] == [one["seq"] + 1 for one in first]
+    versions = [message_of(new)["version"] - old["version"] for new, old in zip(again, first, strict=True)]
+    assert versions == [1 if change == "a block" else 2, *([1] * others)]
+    assert set(services.database._mysql_logs) == set(open_before)  # a refusal costs no connection
+    with statements(services.database) as seen:
+        await services.writer.write(send(changed, ann.id))
+    assert looked(seen) == 0
+
+
+async def test_a_member_removed_by_another_worker_slips_no_message_in(
+    client: httpx.AsyncClient, services: Services, settings: Settings
+) -> None:
+    if not settings.uses_mysql:
+        pytest.skip("SQLite serves one process")
+    ann, bo = await people(client, 2)
+    chat_id = await ann.group(bo)
+    await services.writer.write(send(chat_id, bo.id, "in time"))
+    async with services.database.writing() as session:
+        await session.execute(
+            text(f"UPDATE chat_members SET left_seq = 1 WHERE chat_id = {chat_id} AND user_id = {bo.id}")
+        )
+        await session.execute(
+            text(f"UPDATE chats SET version = version + 1, members_version = members_version + 1 WHERE id = {chat_id}")
+        )
+    with pytest.raises(DialectError) as refused:
+        await services.writer.write(send(chat_id, bo.id, "too late"))
+    assert refused.value.code == "chat_not_found"
+    assert contents(await ann.history(chat_id)) == ["in time"]
+
+
+async def test_a_remembered_chat_that_somebody_holds_does_not_hold_up_others(
+    client: httpx.AsyncClient, services: Services, settings: Settings
+) -> None:
+    if not settings.uses_mysql:
+        pytest.skip("SQLite has one lock for all")
+    ann, bo = await people(client, 2)
+    locked, free = await ann.group(bo), await ann.group(bo)
+    await outcomes(services, [send(locked, ann.id, "known"), send(free, ann.id, "known")])
+    with held(settings, f"chats WHERE id = {locked}"):
+        waiting, done = (
+            asyncio.create_task(services.writer.write(send(chat_id, bo.id, "now"))) for chat_id in (locked, free)
+        )
+        assert isinstance(await asyncio.wait_for(done, 2), Done)
+        assert not waiting.done()
+    await waiting
+    assert contents(await bo.history(locked)) == contents(await bo.history(free)) == ["known", "now"]
 
 
 @pytest.mark.parametrize("what", ["sent", "refused"])

@@ -130,6 +130,16 @@ class ChatUpdate:
     member_count: int
     last_activity_at: datetime | None
 
+    def after(self, row: ChatRow) -> ChatRow:
+        """The chat's row with these counters."""
+        return row._replace(
+            last_seq=self.last_seq,
+            version=self.version,
+            members_version=self.members_version,
+            info_version=self.info_version,
+            member_count=self.member_count,
+        )
+
 
 @dataclass(slots=True)
 class MarkUpdate:
@@ -323,6 +333,28 @@ async def lock_and_find(
     if earlier:
         found.earlier = await find_messages(executor, earlier)
     return found
+
+
+CHATS_BY_NAME_MAX = 20
+"""More of them are cheaper to compare with a table of values than by name."""
+
+
+async def require_unchanged(executor: Executor, chats: Sequence[ChatRow]) -> None:
+    """Lock chats that are as in these rows, together with what is written next; MySQL only.
+
+    If one has moved on, or is held by somebody else, all of that is refused (`db.errors.is_outdated`).
+    """
+    rows = sorted((chat.id, chat.version, chat.members_version) for chat in chats)
+    if len(rows) <= CHATS_BY_NAME_MAX:
+        same = " OR ".join(f"(id={number:d} AND version={v:d} AND members_version={m:d})" for number, v, m in rows)
+        found = f"chats FORCE INDEX (PRIMARY) WHERE {same} FOR UPDATE NOWAIT"
+    else:
+        names = ("id", "version", "members_version")
+        on = " AND ".join(f"t.{name} = v.{name}" for name in names)
+        values = f"(VALUES {_values(executor, rows)}) AS v ({', '.join(names)})"
+        found = f"{values} STRAIGHT_JOIN chats t FORCE INDEX (PRIMARY) ON {on} FOR UPDATE OF t NOWAIT"
+    # A number too large for MySQL is an error, at which it leaves out all that follows in the packet.
+    await _execute(executor, Statement(f"SELECT EXP(IF(COUNT(*) = {len(rows):d}, 0, 999)) FROM {found}"))  # noqa: S608
 
 
 def _select_sent(executor: Executor, client_ids: Sequence[tuple[int, int, bytes]]) -> Statement:

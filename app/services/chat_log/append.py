@@ -43,6 +43,7 @@ from app.services.chat_log.changes import (
     SendMessage,
     SendService,
 )
+from app.services.chat_log.known_chats import KnownChats
 from app.services.chat_log.roster import Roster, RosterCache, RosterMember, load_rosters
 from app.services.chat_log.views import (
     attachment_view,
@@ -67,6 +68,7 @@ class Appender:
 
     def __init__(self, rosters: RosterCache, clock: Clock, *, receipts_members_max: int) -> None:
         self.rosters = rosters
+        self.known = KnownChats()
         self.clock = clock
         self.receipts_members_max = receipts_members_max
 
@@ -78,6 +80,7 @@ class Appender:
         *,
         skip_locked: bool = False,
         look_up: bool = True,
+        recall: bool = False,
     ) -> Appended:
         """Append changes to their chats and say what came of each.
 
@@ -85,7 +88,13 @@ class Appender:
         somebody else holds come back deferred; otherwise the lock is waited for. Without `look_up`, earlier sends
         are looked up only of what would be refused, and the database refuses all changes together when one of them
         was sent before (`db.errors.is_sent_before`): the caller rolls back, and appends them with `look_up`.
+        With `recall`, MySQL is asked nothing where `known` says enough, and refuses all changes together when a chat
+        has moved on or is held (`db.errors.is_outdated`): the caller rolls back, and appends them without `recall`.
         """
+        if recall and not look_up and repository.is_mysql(executor):
+            batch = _Batch(self, executor, changes, message_ids, look_up=False)
+            if (appended := await batch.run_from_memory()) is not None:
+                return appended
         batch = _Batch(self, executor, changes, message_ids, look_up=look_up)
         return await batch.run(skip_locked=skip_locked)
 
@@ -157,8 +166,39 @@ class _Batch:
         self.account_steps: dict[int, int] = {}
         self.account_events: list[tuple[int, AccountEvent]] = []
 
+    async def run_from_memory(self) -> Appended | None:
+        """Append without a look at the database, if that can be: only the writing finds out whether the chats still
+        are as they were. Otherwise nothing has been written, and it returns None."""
+        if not self._recall():
+            return None
+        outcomes = self._apply_all()
+        if any(isinstance(outcome, DialectError) for outcome in outcomes):
+            return None  # no refusal without a look at what was sent before
+        await repository.require_unchanged(self.executor, [draft.row for draft in self.drafts.values()])
+        await self._write()
+        return self._appended(outcomes)
+
+    def _recall(self) -> bool:
+        appender = self.appender
+        for change in self.changes:
+            if not isinstance(change, SendMessage) or change.attachments or change.reply_to is not None:
+                return False
+            row, roster = appender.known.get(change.chat_id), appender.rosters.get(change.chat_id)
+            if row is None or roster is None or roster.members_version != row.members_version:
+                return False
+            if row.id not in self.drafts:
+                self.drafts[row.id] = _Draft(row, roster)
+        return True
+
     async def run(self, *, skip_locked: bool) -> Appended:
         await self._read(skip_locked=skip_locked)
+        outcomes = self._apply_all()
+        if not self.look_up:
+            await self._look_up_refused(outcomes)
+        await self._write()
+        return self._appended(outcomes)
+
+    def _apply_all(self) -> list[Outcome]:
         outcomes: list[Outcome] = []
         for change in self.changes:
             draft = self.drafts.get(change.chat_id)
@@ -169,9 +209,9 @@ class _Batch:
                 outcomes.append(self._apply(draft, change))
             except DialectError as error:
                 outcomes.append(error)
-        if not self.look_up:
-            await self._look_up_refused(outcomes)
-        await self._write()
+        return outcomes
+
+    def _appended(self, outcomes: list[Outcome]) -> Appended:
         drafts = [draft for draft in self.drafts.values() if draft.changed]
         return Appended(
             outcomes,
@@ -192,6 +232,7 @@ class _Batch:
             self.account_events,
             [draft.roster for draft in self.drafts.values()],
             [draft.roster for draft in drafts if draft.updated.version == draft.row.version],
+            [draft.updated.after(draft.row) for draft in self.drafts.values()],
         )
 
     # --- reading, all under the locks ---

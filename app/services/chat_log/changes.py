@@ -8,6 +8,7 @@ from typing import Literal
 
 from app.core.errors import DialectError
 from app.db.events import AccountEvent, ChatEvent
+from app.db.repositories.chat_log import ChatRow
 from app.db.schemas import Message, Role, SendableType, Service
 from app.services.chat_log.roster import Roster
 
@@ -160,3 +161,5 @@ class Appended:
     """Rosters as this transaction leaves them; valid only if it commits."""
     unannounced: list[Roster] = field(default_factory=list)
     """Those of them that moved without an event that would tell of it."""
+    chats: list[ChatRow] = field(default_factory=list)
+    """Chats as this transaction leaves them; valid only if it commits."""

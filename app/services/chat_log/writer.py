@@ -1,11 +1,14 @@
 """The group-committing writer: what arrives from all connections during one commit is the next transaction.
 
-No timer: an idle server commits a lone message at once, a busy one a few hundred together. While a batch waits for its
-commit, and little else does, the next one begins beside it, with chats of its own; under load that would make smaller
-batches, and dearer ones per message (docs/performance.md). An outcome is told after the commit, never before; while it
-is told, the next batch is on its way to the database. A transaction that fails for the database's reasons is tried
-again with the same client ids, so that a commit whose outcome is unknown still makes one row; one that fails for its
-content is bisected, so that one poisoned change fails alone.
+No timer: an idle server commits a lone message at once, a busy one a few hundred together. One batch is under way at
+a time: two would be smaller ones, and dearer per message, and now and then MySQL holds up two commits that meet for
+100 ms (docs/performance.md). Only beside a commit that takes long does the next one begin, with chats of its own. An
+outcome is told after the commit, never before; while it is told, the next batch is on its way to the database.
+
+What this process wrote last it remembers: sends to such chats go to MySQL in one packet with the commit, and MySQL
+refuses them all when a chat has moved on since; then they are written again, after a look. A transaction that fails
+for the database's reasons is tried again with the same client ids, so that a commit whose outcome is unknown still
+makes one row; one that fails for its content is bisected, so that one poisoned change fails alone.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ from app.core.errors import DialectError, Unavailable
 from app.core.ids import IdAllocator
 from app.core.tasks import supervise
 from app.db.database import MYSQL_LOG_CONNECTIONS, Database
-from app.db.errors import DATABASE_ERRORS, describe, is_sent_before, is_transient
+from app.db.errors import DATABASE_ERRORS, describe, is_outdated, is_sent_before, is_transient
 from app.services.chat_log.append import Appender
 from app.services.chat_log.changes import Appended, Change, Deferred, Done, EditMessage, SendMessage
 
@@ -38,9 +41,8 @@ STOP_SECONDS = 1.0
 BATCH_CHARACTERS_MAX = 500_000
 """Text in one transaction: in one packet to MySQL it takes up to eight bytes per character."""
 
-FEW = 32
-"""Up to so many changes, under way and waiting, a batch begins beside another one's commit. Beyond, commits are what
-is scarce: better few of them, and large."""
+SLOW_COMMIT_SECONDS = 0.004
+"""A commit that takes longer hangs: over a lock, on the disk, in MySQL itself. The next batch then begins beside it."""
 
 LOOK_UP_SECONDS = 30.0
 """After a retry was met, more are likely: so long earlier sends are looked up before anything is written."""
@@ -70,11 +72,11 @@ class _Lane:
 
     batch: list[_Pending] = field(default_factory=list)
     chats: set[int] = field(default_factory=set)
-    committing: bool = False
-    """Whether all that is left is the commit: it will lock nothing more."""
+    committing_since: float | None = None
+    """Since when all that is left is the commit: it waits for nobody's lock any more."""
 
     def begin(self, batch: list[_Pending]) -> None:
-        self.batch, self.chats, self.committing = batch, {pending.change.chat_id for pending in batch}, False
+        self.batch, self.chats, self.committing_since = batch, {pending.change.chat_id for pending in batch}, None
 
     def clear(self) -> None:
         self.begin([])
@@ -151,8 +153,7 @@ class Writer:
         deadline = self._clock.monotonic() + self._settings.write_timeout_seconds
         self._queue.append(_Pending(change, on_done, deadline))
         self._idle.clear()
-        if self._may_begin():
-            self._wake.set()
+        self._begin_another()
 
     async def write(self, change: Change) -> Done:
         """Queue a change and wait for it. Never call this while holding a transaction: on SQLite it would wait
@@ -198,15 +199,18 @@ class Writer:
             self._idle.set()
 
     def _may_begin(self) -> bool:
-        """Whether a batch may begin now: beside others only where these are done but for their commits. So two of
-        this process's own never wait for each other's locks in a ring."""
-        under_way = 0
-        for lane in self._lanes:
-            if lane.batch:
-                if not lane.committing:
-                    return False
-                under_way += len(lane.batch)
-        return not under_way or under_way + len(self._queue) <= FEW
+        """Whether a batch may begin now: alone, or beside commits that take long. So two of this process's own never
+        wait for each other's locks in a ring."""
+        slow_since = time.monotonic() - SLOW_COMMIT_SECONDS
+        return all(
+            lane.committing_since is not None and lane.committing_since <= slow_since
+            for lane in self._lanes
+            if lane.batch
+        )
+
+    def _begin_another(self) -> None:
+        if self._queue and self._may_begin():
+            self._wake.set()
 
     def _take(self) -> list[_Pending]:
         """The next batch, if one may begin: what is first in line and still wanted, but for chats that are under way,
@@ -246,11 +250,17 @@ class Writer:
     async def _commit(self, lane: _Lane, batch: Sequence[_Pending]) -> list[_Pending]:
         """Commit a batch, whatever it takes until its deadlines. Returns what met a lock, in order."""
         pause = 0.02
+        recall = True
         while batch := [pending for pending in batch if pending.on_done is not None]:
             look_up = self._clock.monotonic() < self._look_up_until
             try:
-                appended = await self._transact(lane, batch, look_up=look_up)
+                appended = await self._transact(lane, batch, look_up=look_up, recall=recall)
             except Exception as error:
+                if recall and is_outdated(error):
+                    recall = False
+                    metrics.batches_outdated.inc()
+                    self._appender.known.drop(pending.change.chat_id for pending in batch)
+                    continue
                 if not look_up and is_sent_before(error):
                     self._look_up_until = self._clock.monotonic() + LOOK_UP_SECONDS
                     continue
@@ -270,17 +280,20 @@ class Writer:
                 ]
         return []
 
-    async def _transact(self, lane: _Lane, batch: Sequence[_Pending], *, look_up: bool) -> Appended:
-        lane.committing = False
+    async def _transact(self, lane: _Lane, batch: Sequence[_Pending], *, look_up: bool, recall: bool) -> Appended:
+        lane.committing_since = None
         changes = [pending.change for pending in batch]
         sends = sum(isinstance(change, SendMessage) for change in changes)
         ids = await self._ids.reserve("message", sends) if sends else ()
         began = time.perf_counter()
         async with self._database.appending() as connection:
-            appended = await self._appender.append(connection, changes, ids, skip_locked=True, look_up=look_up)
-            lane.committing = True
-            if self._queue:
-                self._wake.set()
+            appended = await self._appender.append(
+                connection, changes, ids, skip_locked=True, look_up=look_up, recall=recall
+            )
+            lane.committing_since = time.monotonic()
+            # A millisecond later, for timers are as coarse as that.
+            asyncio.get_running_loop().call_later(SLOW_COMMIT_SECONDS + 0.001, self._begin_another)
+        self._appender.known.put(appended.chats)
         metrics.commit_seconds.observe(time.perf_counter() - began)
         metrics.commit_changes.observe(len(changes))
         return appended
