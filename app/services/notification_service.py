@@ -125,7 +125,6 @@ class NotificationService:
         self._waiting: set[int] = set()
         """Chats whose pause is not over."""
         self._chats: dict[int, _Chat] = {}
-        self._jobs = 0
         self.firebase_answers = True
         """Whether Firebase took or refused the last push, rather than being out of order or out of reach."""
         self._behind = True
@@ -144,7 +143,7 @@ class NotificationService:
     @property
     def devices_waiting(self) -> int:
         """Devices being told, those that wait for a retry included."""
-        return self._jobs
+        return len(self._tasks)
 
     @property
     def chats_waiting(self) -> int:
@@ -276,14 +275,14 @@ class NotificationService:
                 if loop.time() >= next_search:
                     await self._search()
                     next_search = loop.time() + SEARCH_SECONDS
-                while self._hints and self._jobs < JOBS_MAX and loop.time() < next_search:
+                while self._hints and self.devices_waiting < JOBS_MAX and loop.time() < next_search:
                     await self._look(next(iter(self._hints)))
             except Unavailable:
                 log.info("push_without_database")
                 self._behind = True
                 await asyncio.sleep(1)
             self._wake.clear()
-            if not self._hints or self._jobs >= JOBS_MAX:
+            if not self._hints or self.devices_waiting >= JOBS_MAX:
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout_at(next_search):
                         await self._wake.wait()
@@ -347,7 +346,6 @@ class NotificationService:
         now = asyncio.get_running_loop().time()
         job = chat.jobs[device.session_id] = _Job(device.session_id, device.user_id, first, seq, now, seq, now)
         self._give_grace(job)
-        self._jobs += 1
         self._spawn(self._deliver(chat, job))
 
     def _give_grace(self, job: _Job) -> None:
@@ -360,7 +358,12 @@ class NotificationService:
     def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(coroutine, name="push-device")
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._make_room)
+
+    def _make_room(self, task: asyncio.Task[None]) -> None:
+        # Here, and not at the end of the task itself: one that is cancelled before its first step never gets there.
+        self._tasks.discard(task)
+        self._wake.set()
 
     # --- telling one device ---
 
@@ -370,7 +373,12 @@ class NotificationService:
         try:
             while True:
                 job.trying = job.seq
-                wait = await self._attempt(chat, job)
+                try:
+                    wait = await self._attempt(chat, job)
+                except Exception as error:
+                    # Ours or the database's, and of this moment or of this device: tried as often as a failing Google.
+                    log.exception("push_failed")
+                    wait = self._retry(job, {"chat_id": chat.id, "session_id": job.session_id}, type(error).__name__)
                 if wait is not None and loop.time() + wait > job.begun + self._settings.push_give_up_seconds:
                     log.warning("push_given_up", extra={"chat_id": chat.id, "session_id": job.session_id})
                     metrics.push_outcomes.labels("given_up").inc()
@@ -382,12 +390,8 @@ class NotificationService:
                 else:  # more was said while that was under way
                     job.first, job.tries = job.trying + 1, 0
                     self._give_grace(job)
-        except Exception:
-            log.exception("push_failed")
         finally:
             del chat.jobs[job.session_id]
-            self._jobs -= 1
-            self._wake.set()
 
     async def _attempt(self, chat: _Chat, job: _Job) -> float | None:
         """Try once; the seconds until it is worth trying again, or None when this is over."""
@@ -434,7 +438,8 @@ class NotificationService:
             outcome = await self._firebase.send(Push(device.kind, device.token, f"chat-{chat.id}", data))
         metrics.push_outcomes.labels(outcome.kind).inc()
         self.firebase_answers = outcome.kind != "retry"
-        where = {"chat_id": chat.id, "session_id": job.session_id, "reason": outcome.reason}
+        place = {"chat_id": chat.id, "session_id": job.session_id}
+        where = {**place, "reason": outcome.reason}
         match outcome.kind:
             case "sent":
                 return None
@@ -450,14 +455,19 @@ class NotificationService:
                 log.warning("push_refused", extra=where)
                 return None
             case "retry":
-                job.tries += 1
-                if job.tries >= TRIES_MAX:
-                    log.warning("push_given_up", extra=where)
-                    metrics.push_outcomes.labels("given_up").inc()
-                    return None
-                log.info("push_retried", extra=where)
-                backoff = min(BACKOFF_SECONDS * 2.0 ** (job.tries - 1), BACKOFF_MAX_SECONDS) * random.uniform(0.5, 1)
-                return max(backoff, outcome.retry_after or 0.0)
+                return self._retry(job, place, outcome.reason, outcome.retry_after)
+
+    def _retry(self, job: _Job, place: dict[str, int], reason: str, retry_after: float | None = None) -> float | None:
+        """Seconds until the next try, each time more; None after the last."""
+        where = {**place, "reason": reason}
+        job.tries += 1
+        if job.tries >= TRIES_MAX:
+            log.warning("push_given_up", extra=where)
+            metrics.push_outcomes.labels("given_up").inc()
+            return None
+        log.info("push_retried", extra=where)
+        backoff = min(BACKOFF_SECONDS * 2.0 ** (job.tries - 1), BACKOFF_MAX_SECONDS) * random.uniform(0.5, 1)
+        return max(backoff, retry_after or 0.0)
 
     # --- cursors ---
 
