@@ -152,7 +152,9 @@ class Settings(BaseSettings):
         50, ge=2, description="Chats above this size keep read and delivered marks out of the chat log."
     )
     resume_max_changes: int = Field(10_000, ge=1, description="A client further behind starts that chat afresh.")
-    page_size_max: int = Field(100, ge=1, le=500, description="Largest page of any list.")
+    page_size_max: int = Field(
+        100, ge=1, le=100, description="Largest page of any list; nobody may ask for more than 100."
+    )
 
     # Sockets
     socket_max_frame_bytes: int = Field(64 * 1024, ge=1024, description="Largest frame from a client.")

@@ -256,7 +256,7 @@ def build_services(settings: Settings, clock: Clock | None = None) -> Services:
             is_online=online.is_online,
         ),
         user_settings=UserSettingsService(database=database),
-        blocks=BlockService(clock=clock, database=database),
+        blocks=BlockService(settings=settings, clock=clock, database=database),
         connections=connections,
         sequencer=sequencer,
         writer=writer,
