@@ -14,6 +14,7 @@ import pytest
 
 from app.api.problems import CODES, DETAILS
 from app.core import errors
+from app.core.config import Settings
 from app.db import events
 from scripts import api_documents, settings_table
 from tests.support.libraries import require_library
@@ -100,6 +101,18 @@ def _codes_in_protocol() -> dict[str, tuple[str, bool]]:
     rows = re.findall(r"^\| `(\w+)` \| (\w+) \| .+ \| (yes|no) \|$", section, re.MULTILINE)
     assert [row[0] for row in rows] == sorted({row[0] for row in rows}), "sorted, each once"
     return {code: (status, retryable == "yes") for code, status, retryable in rows}
+
+
+def test_the_pages_say_how_soon_everything_is_answered() -> None:
+    defaults = {name: field.default for name, field in Settings.model_fields.items()}
+    silence, turn = defaults["db_timeout_seconds"], defaults["bulk_wait_seconds"]
+    assert silence <= defaults["write_timeout_seconds"]
+    assert f"that wait for the database | {defaults['bulk_queue']}, for {turn:g} s |" in PROTOCOL
+    [told] = re.findall(
+        r"^\*\*How soon everything.+?\n\n", settings_table.PAGE.read_text("utf-8"), re.DOTALL | re.MULTILINE
+    )
+    assert f": {silence + turn:g} s. A database that is slow" in told
+    assert f": {silence + turn + silence:g} s at the most" in told
 
 
 def test_every_error_code_is_in_the_protocol() -> None:
