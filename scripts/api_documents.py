@@ -17,8 +17,6 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:  # as a script, only this folder is on the path
     sys.path.insert(0, str(ROOT))
 
-import yaml  # noqa: E402
-
 from app import __version__  # noqa: E402
 from app.api.examples import example_of  # noqa: E402
 from app.api.webhooks import event_schemas, summary_of, type_of  # noqa: E402
@@ -65,27 +63,25 @@ def openapi() -> str:
 
 def asyncapi() -> str:
     """The socket, as AsyncAPI 3.0."""
-    text: str = yaml.dump(_asyncapi(), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+    import yaml  # here, for tests that need only the other document do without it
+
+    class Dumper(yaml.SafeDumper):
+        """Plain YAML: no anchors, texts of several lines as blocks."""
+
+        def ignore_aliases(self, data: Any) -> bool:
+            return True
+
+    def block(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+        return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
+
+    Dumper.add_representer(str, block)
+    text: str = yaml.dump(_asyncapi(), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120)
     return text
 
 
 def documents() -> dict[Path, str]:
     """What belongs into each file."""
     return {OPENAPI: openapi(), ASYNCAPI: asyncapi()}
-
-
-class _Dumper(yaml.SafeDumper):
-    """Plain YAML: no anchors, texts of several lines as blocks."""
-
-    def ignore_aliases(self, data: Any) -> bool:
-        return True
-
-
-def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
-
-
-_Dumper.add_representer(str, _text)
 
 
 def _asyncapi() -> dict[str, Any]:

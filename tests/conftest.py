@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import logging
 import os
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from app.core.logging import log_formatter  # noqa: E402
 from app.db.database import Database  # noqa: E402
 from app.main import create_app  # noqa: E402
 from app.services.container import Services  # noqa: E402
+from tests.support import libraries  # noqa: E402
 from tests.support.contract import judge  # noqa: E402
 from tests.support.databases import ENGINES, MYSQL_URL, MysqlDatabase, SqliteTemplate, make_settings  # noqa: E402
 from tests.support.redis_server import RedisServer  # noqa: E402
@@ -37,10 +38,37 @@ from tests.support.secrets import check_log  # noqa: E402
 from tests.support.servers import COMMANDS, Door, Server, environment  # noqa: E402
 
 
+def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
+    """Know the setting of pytest-timeout where there is none: pytest and pytest-asyncio alone run the suite, too."""
+    if not pluginmanager.has_plugin("timeout"):
+        parser.addini("timeout", "seconds that a test may take, where pytest-timeout is installed")
+
+
 def pytest_configure(config: pytest.Config) -> None:
-    """Declare the marks of this suite."""
+    """Declare the marks of this suite. Fails where nothing may be left out and a library is missing."""
+    if libraries.all_wanted() and (missing := libraries.missing()):
+        raise pytest.UsageError(f"not installed: {', '.join(missing)}; {libraries.REMEDY}")
+    if not config.pluginmanager.has_plugin("timeout"):
+        config.addinivalue_line("markers", "timeout(seconds): how long a test may take, where pytest-timeout is there")
     config.addinivalue_line("markers", "settings(**values): settings of the test's database, application and servers")
     config.addinivalue_line("markers", "logs_errors: the test provokes a failure that is logged with its traceback")
+
+
+def pytest_report_header() -> str | None:
+    """Say what is left out, before all else."""
+    if not (missing := libraries.missing()):
+        return None
+    return f"without {', '.join(missing)}: what needs them is skipped, and no answer is held against its schema"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    """A module that imports a library which only requirements-dev.txt brings is skipped where it is missing."""
+    report = yield
+    if report.failed and not libraries.all_wanted() and (name := libraries.wanted_by(str(report.longrepr))):
+        report.outcome = "skipped"
+        report.longrepr = (report.fspath, 0, f"Skipped: {libraries.reason(name)}")
+    return report
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import pytest
-import yaml
-from jsonschema_rs import Draft202012Validator
 
 from app.api.problems import CODES, DETAILS
 from app.core import errors
+from app.core.config import Settings
 from app.db import events
 from scripts import api_documents, settings_table
+from tests.support.libraries import require_library
 
 ROOT = Path(__file__).resolve().parents[1]
 PROTOCOL = (ROOT / "docs/protocol.md").read_text(encoding="utf-8")
@@ -103,6 +103,18 @@ def _codes_in_protocol() -> dict[str, tuple[str, bool]]:
     return {code: (status, retryable == "yes") for code, status, retryable in rows}
 
 
+def test_the_pages_say_how_soon_everything_is_answered() -> None:
+    defaults = {name: field.default for name, field in Settings.model_fields.items()}
+    silence, turn = defaults["db_timeout_seconds"], defaults["bulk_wait_seconds"]
+    assert silence <= defaults["write_timeout_seconds"]
+    assert f"that wait for the database | {defaults['bulk_queue']}, for {turn:g} s |" in PROTOCOL
+    [told] = re.findall(
+        r"^\*\*How soon everything.+?\n\n", settings_table.PAGE.read_text("utf-8"), re.DOTALL | re.MULTILINE
+    )
+    assert f": {silence + turn:g} s. A database that is slow" in told
+    assert f": {silence + turn + silence:g} s at the most" in told
+
+
 def test_every_error_code_is_in_the_protocol() -> None:
     in_app = {code: (str(status), retryable) for code, (status, retryable) in codes_in_app().items()}
     assert len(in_app) > 40, "the search for codes finds nothing any more"
@@ -167,11 +179,15 @@ def openapi() -> Any:
 
 @pytest.fixture(scope="module")
 def asyncapi() -> Any:
+    require_library("yaml")
+    import yaml
+
     return yaml.safe_load(api_documents.ASYNCAPI.read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize("path", [api_documents.OPENAPI, api_documents.ASYNCAPI], ids=lambda path: path.name)
 def test_document_is_fresh(path: Path) -> None:
+    require_library("yaml")
     fresh = path.read_text(encoding="utf-8") == api_documents.documents()[path]
     assert fresh, f"docs/{path.name} is not what the code says; run: make docs"  # their diff would fill the screen
 
@@ -190,6 +206,9 @@ def test_asyncapi_has_every_command_and_event(asyncapi: Any) -> None:
 
 
 def test_asyncapi_has_an_example_of_every_frame_that_its_schema_accepts(asyncapi: Any) -> None:
+    require_library("jsonschema_rs")
+    from jsonschema_rs import Draft202012Validator
+
     components = asyncapi["components"]
     for name, message in components["messages"].items():
         schema = {**components["schemas"][name], "components": components}  # beside it, so that references resolve

@@ -41,7 +41,9 @@ class Settings(BaseSettings):
     db_name: str | None = Field(None, description="MySQL database; created when missing.")
     sqlite_path: Path = Field(Path("dialect.db"), description="The SQLite file, when no DB_* name is set.")
     db_pool_size: int = Field(10, ge=2, le=500, description="Connections kept to MySQL.")
-    db_timeout_seconds: float = Field(4.0, gt=0, description="A database that is silent for so long is down.")
+    db_timeout_seconds: float = Field(
+        4.0, gt=0, description="A database that is silent for so long is down; no more than WRITE_TIMEOUT_SECONDS."
+    )
 
     # Several workers
     redis_url: SecretStr | None = Field(
@@ -152,7 +154,9 @@ class Settings(BaseSettings):
         50, ge=2, description="Chats above this size keep read and delivered marks out of the chat log."
     )
     resume_max_changes: int = Field(10_000, ge=1, description="A client further behind starts that chat afresh.")
-    page_size_max: int = Field(100, ge=1, le=500, description="Largest page of any list.")
+    page_size_max: int = Field(
+        100, ge=1, le=100, description="Largest page of any list; nobody may ask for more than 100."
+    )
 
     # Sockets
     socket_max_frame_bytes: int = Field(64 * 1024, ge=1024, description="Largest frame from a client.")
@@ -177,7 +181,9 @@ class Settings(BaseSettings):
     # The writer
     writer_batch_max: int = Field(512, ge=1, description="Changes in one transaction.")
     writer_queue_max: int = Field(20_000, ge=1, description="Changes waiting; beyond: `overloaded`.")
-    write_timeout_seconds: float = Field(4.0, gt=0, description="A change not committed by then is refused.")
+    write_timeout_seconds: float = Field(
+        4.0, gt=0, description="A change not committed by then is refused; no less than DB_TIMEOUT_SECONDS."
+    )
     sweep_seconds: float = Field(1.5, gt=0, description="Between searches for changes that nobody announced.")
 
     # Shedding: what can wait is refused first

@@ -35,11 +35,6 @@ def parse_phone(text: str, *, validation: Literal["possible", "valid"], field: s
     return phone
 
 
-def redact_phone(phone: str) -> str:
-    """A number as logs may show it: its last two digits."""
-    return "*" * max(len(phone) - 2, 0) + phone[-2:]
-
-
 def _plain(text: str) -> str:
     """A plus and ASCII digits. Raises ValueError for anything that is not a number with its country code."""
     # NFKC turns full-width digits and signs into plain ones.

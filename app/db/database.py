@@ -250,7 +250,8 @@ class Database:
 
     @contextlib.asynccontextmanager
     async def reading(self) -> AsyncIterator[AsyncSession]:
-        """A session for reads only; every statement sees what is committed when it runs.
+        """A session for reads only. On MySQL every statement sees what is committed when it runs; on SQLite all of
+        them see what was committed when the first one ran.
 
         Raises Unavailable when the database does not answer in time.
         """

@@ -11,6 +11,7 @@ from datetime import UTC
 from functools import partial
 
 from app.core.clock import Clock
+from app.core.config import Settings
 from app.core.cursors import decode_cursor, encode_cursor
 from app.core.errors import Conflict, user_not_found
 from app.db.database import Database
@@ -28,7 +29,8 @@ BLOCKED_CURSOR = (int,)
 class BlockService:
     """Blocks, unblocks and lists the blocked."""
 
-    def __init__(self, *, clock: Clock, database: Database) -> None:
+    def __init__(self, *, settings: Settings, clock: Clock, database: Database) -> None:
+        self.settings = settings
         self.clock = clock
         self.database = database
         self.on_blocked: list[Callable[[int, int], None]] = []
@@ -70,6 +72,7 @@ class BlockService:
 
     async def list_blocked(self, user_id: int, cursor: str | None, limit: int) -> UserPage:
         """Those a person blocks, by id. Raises BadInput for a cursor that is not ours."""
+        limit = min(limit, self.settings.page_size_max)
         [after_id] = decode_cursor(cursor, *BLOCKED_CURSOR) if cursor is not None else [0]
         async with self.database.reading() as session:
             ids = await pair_repository.list_blocked(session, user_id, after_id, limit + 1)

@@ -113,15 +113,22 @@ class ChatService:
         """
         if peer_id == user_id:
             return await self.create_saved(uow, user_id)
+        async with self._database.reading() as reading:
+            if await users_repository.find_user(reading, peer_id) is None:
+                raise user_not_found()
+            known = (await pairs_repository.find_pairs(reading, user_id, [peer_id])).get(peer_id)
+            if known is not None:
+                if known.chat_id is not None:
+                    return await self._get(reading, user_id, known.chat_id), False
+                self._require_no_block(known, user_id)
+        # Counted before anything is locked, for Redis may take its time; and looked at again under the lock.
+        await self._limiter.hit("limit_chats_created_per_user", user_id)
         [chat_id] = await uow.ids.reserve("chat")
         session = uow.session
-        if await users_repository.find_user(session, peer_id) is None:
-            raise user_not_found()
         pair = await pairs_repository.lock_pair(session, user_id, peer_id)
         if pair.chat_id is not None:
             return await self._get(session, user_id, pair.chat_id), False
         self._require_no_block(pair, user_id)
-        await self._limiter.hit("limit_chats_created_per_user", user_id)
         await self._insert(session, chat_id, "personal", user_id)
         await pairs_repository.set_pair_chat(session, user_id, peer_id, chat_id)
         await uow.append(ChangeMembers(chat_id, join=[(user_id, "member"), (peer_id, "member")]))

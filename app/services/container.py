@@ -265,7 +265,7 @@ def build_services(settings: Settings, clock: Clock | None = None) -> Services:
             is_online=online.is_online,
         ),
         user_settings=UserSettingsService(database=database),
-        blocks=BlockService(clock=clock, database=database),
+        blocks=BlockService(settings=settings, clock=clock, database=database),
         connections=connections,
         fanout=fanout,
         sequencer=sequencer,

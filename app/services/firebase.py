@@ -106,7 +106,10 @@ class Firebase:
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
                 loop.call_soon_threadsafe(settle, outcome)
 
-        threading.Thread(target=run, name="push", daemon=True).start()
+        try:
+            threading.Thread(target=run, name="push", daemon=True).start()
+        except RuntimeError as error:  # the system gives us no more threads for now
+            return Outcome("retry", str(error))
         try:
             async with asyncio.timeout(self._deadline):
                 return await future
@@ -151,9 +154,12 @@ class Firebase:
         except GoogleAuthError as error:
             # No token for ourselves: of the account's endpoint, not of this message.
             return Outcome("retry", type(error).__name__)
-        except Exception as error:
+        except ValueError as error:  # the library will not even ask, whatever time it is
             log.exception("push_failed")
             return Outcome("refused", type(error).__name__)
+        except Exception as error:
+            log.exception("push_failed")
+            return Outcome("retry", type(error).__name__)
         return Outcome("sent")
 
 

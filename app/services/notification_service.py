@@ -132,7 +132,6 @@ class NotificationService:
         self._chats: dict[int, _Chat] = {}
         self._marks: dict[tuple[int, int], PushRow] = {}
         """What Firebase said of each session and chat, for the delivery trace."""
-        self._jobs = 0
         self.firebase_answers = True
         """Whether Firebase took or refused the last push, rather than being out of order or out of reach."""
         self._behind = True
@@ -151,7 +150,7 @@ class NotificationService:
     @property
     def devices_waiting(self) -> int:
         """Devices being told, those that wait for a retry included."""
-        return self._jobs
+        return len(self._tasks)
 
     @property
     def chats_waiting(self) -> int:
@@ -284,14 +283,14 @@ class NotificationService:
                 if loop.time() >= next_search:
                     await self._search()
                     next_search = loop.time() + SEARCH_SECONDS
-                while self._hints and self._jobs < JOBS_MAX and loop.time() < next_search:
+                while self._hints and self.devices_waiting < JOBS_MAX and loop.time() < next_search:
                     await self._look(next(iter(self._hints)))
             except Unavailable:
                 log.info("push_without_database")
                 self._behind = True
                 await asyncio.sleep(1)
             self._wake.clear()
-            if not self._hints or self._jobs >= JOBS_MAX:
+            if not self._hints or self.devices_waiting >= JOBS_MAX:
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout_at(next_search):
                         await self._wake.wait()
@@ -355,7 +354,6 @@ class NotificationService:
         now = asyncio.get_running_loop().time()
         job = chat.jobs[device.session_id] = _Job(device.session_id, device.user_id, first, seq, now, seq, now)
         self._give_grace(job)
-        self._jobs += 1
         self._spawn(self._deliver(chat, job))
 
     def _give_grace(self, job: _Job) -> None:
@@ -368,7 +366,12 @@ class NotificationService:
     def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(coroutine, name="push-device")
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._make_room)
+
+    def _make_room(self, task: asyncio.Task[None]) -> None:
+        # Here, and not at the end of the task itself: one that is cancelled before its first step never gets there.
+        self._tasks.discard(task)
+        self._wake.set()
 
     # --- telling one device ---
 
@@ -378,7 +381,12 @@ class NotificationService:
         try:
             while True:
                 job.trying = job.seq
-                wait = await self._attempt(chat, job)
+                try:
+                    wait = await self._attempt(chat, job)
+                except Exception as error:
+                    # Ours or the database's, and of this moment or of this device: tried as often as a failing Google.
+                    log.exception("push_failed")
+                    wait = self._retry(chat, job, type(error).__name__)
                 if wait is not None and loop.time() + wait > job.begun + self._settings.push_give_up_seconds:
                     log.warning("push_given_up", extra={"chat_id": chat.id, "session_id": job.session_id})
                     metrics.push_outcomes.labels("given_up").inc()
@@ -391,12 +399,8 @@ class NotificationService:
                 else:  # more was said while that was under way
                     job.first, job.tries = job.trying + 1, 0
                     self._give_grace(job)
-        except Exception:
-            log.exception("push_failed")
         finally:
             del chat.jobs[job.session_id]
-            self._jobs -= 1
-            self._wake.set()
 
     async def _attempt(self, chat: _Chat, job: _Job) -> float | None:
         """Try once; the seconds until it is worth trying again, or None when this is over."""
@@ -464,16 +468,21 @@ class NotificationService:
                 self._note(self._mark(chat, job, "refused", outcome.reason))
                 return None
             case "retry":
-                job.tries += 1
-                if job.tries >= TRIES_MAX:
-                    log.warning("push_given_up", extra=where)
-                    metrics.push_outcomes.labels("given_up").inc()
-                    self._note(self._mark(chat, job, "given_up", outcome.reason))
-                    return None
-                self._note(self._mark(chat, job, "retry", outcome.reason))
-                log.info("push_retried", extra=where)
-                backoff = min(BACKOFF_SECONDS * 2.0 ** (job.tries - 1), BACKOFF_MAX_SECONDS) * random.uniform(0.5, 1)
-                return max(backoff, outcome.retry_after or 0.0)
+                return self._retry(chat, job, outcome.reason, outcome.retry_after)
+
+    def _retry(self, chat: _Chat, job: _Job, reason: str, retry_after: float | None = None) -> float | None:
+        """Seconds until the next try, each time more; None after the last."""
+        where = {"chat_id": chat.id, "session_id": job.session_id, "reason": reason}
+        job.tries += 1
+        if job.tries >= TRIES_MAX:
+            log.warning("push_given_up", extra=where)
+            metrics.push_outcomes.labels("given_up").inc()
+            self._note(self._mark(chat, job, "given_up", reason))
+            return None
+        self._note(self._mark(chat, job, "retry", reason))
+        log.info("push_retried", extra=where)
+        backoff = min(BACKOFF_SECONDS * 2.0 ** (job.tries - 1), BACKOFF_MAX_SECONDS) * random.uniform(0.5, 1)
+        return max(backoff, retry_after or 0.0)
 
     # --- marks for the trace ---
 

@@ -197,6 +197,7 @@ class UserService:
 
         Raises BadInput for a query that is too short or a cursor that is not ours, and TooManyRequests.
         """
+        limit = min(limit, self.settings.page_size_max)
         query = query.strip().removeprefix("@")
         if len(query) < MIN_QUERY:
             raise BadInput("query_too_short", f"Search for at least {MIN_QUERY} characters.", field="q")

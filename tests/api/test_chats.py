@@ -9,11 +9,14 @@ from uuid import uuid4
 
 import httpx
 import pytest
+from pydantic import ValidationError
 from sqlalchemy import insert
 
 from app.db.models import Chat, ChatMember, Message
+from app.db.repositories.pairs import lock_pair
 from app.services.chat_log.changes import SendMessage
 from app.services.container import Services
+from tests.support.databases import make_settings
 from tests.support.people import Json, Person, contents, people
 from tests.support.servers import Server
 from tests.support.statements import statements
@@ -58,6 +61,29 @@ async def test_two_people_have_one_personal_chat_whoever_asks(client: httpx.Asyn
         "draft": {"content": "", "reply_to": None, "updated_at": None, "account_version": 0},
     }
     assert other_side.json() == {**first.json(), "peer_id": ann.id}
+
+
+async def test_while_a_new_chat_is_counted_nobody_waits_for_a_lock(
+    client: httpx.AsyncClient, services: Services, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ann, bo = await people(client, 2)
+    hit = services.rate_limiter.hit
+    counted = 0
+
+    async def hit_slowly(name: str, *parts: str | int) -> None:
+        nonlocal counted
+        if name == "limit_chats_created_per_user":
+            counted += 1
+            # A Redis that takes its time: the two people's lock, and SQLite's only writer, are free all the while.
+            async with services.database.writing() as session:
+                await lock_pair(session, ann.id, bo.id)
+        await hit(name, *parts)
+
+    monkeypatch.setattr(services.rate_limiter, "hit", hit_slowly)
+    made, found = [await ann.request("POST", "/chats/personal", {"user_id": bo.id}) for _ in range(2)]
+    assert (made.status_code, found.status_code) == (201, 200)
+    assert made.json() == found.json()
+    assert counted == 1
     assert await ann.refused("POST", "/chats/personal", {"user_id": 999_999}) == (404, "user_not_found")
 
 
@@ -463,10 +489,43 @@ async def test_pages_of_the_list_neither_skip_nor_repeat_while_messages_arrive(c
         assert await ann.refused("GET", "/chats", cursor=nonsense) == (422, "invalid_cursor")
 
 
-@pytest.mark.settings(page_size_max=500)
-async def test_a_list_of_500_chats_takes_no_more_than_four_queries(
-    client: httpx.AsyncClient, services: Services
+@pytest.mark.settings(page_size_max=2)
+@pytest.mark.parametrize(
+    ("path", "asked"),
+    [
+        ("/chats", {"limit": 100}),
+        ("/chats/{chat}/members", {"limit": 100}),
+        ("/messages/history/{chat}", {"limit": 100}),
+        ("/users/search", {"limit": 20, "q": "person"}),
+        ("/users/blocked", {"limit": 100}),
+    ],
+)
+async def test_no_page_of_any_list_is_longer_than_the_operator_allows(
+    client: httpx.AsyncClient, path: str, asked: dict[str, Any]
 ) -> None:
+    ann, *others = await people(client, 5)
+    chat = await ann.group(*others)
+    for other in others:
+        await ann.personal(other)
+        await ann.say(chat, "hi")
+    if path.endswith("/blocked"):
+        for other in others:
+            await ann.block(other)
+    page = await ann.do("GET", path.format(chat=chat), **asked)
+    assert len(page["items"]) == 2
+
+
+@pytest.mark.parametrize("size", [0, 101])
+def test_a_page_longer_than_a_request_may_ask_for_is_no_setting(size: int) -> None:
+    with pytest.raises(ValidationError, match="page_size_max"):
+        make_settings(page_size_max=size)
+
+
+async def test_a_list_of_500_chats_takes_no_more_than_four_queries(
+    client: httpx.AsyncClient, services: Services, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # More than any request may ask for: what grows with the page shows.
+    monkeypatch.setattr(services.chats, "_settings", services.settings.model_copy(update={"page_size_max": 500}))
     ann, *others = await people(client, 4)
     first = 10_001
     now = datetime.now(UTC).replace(tzinfo=None, microsecond=0)

@@ -18,6 +18,7 @@ from scripts import api_documents
 from tests.support.accounts import new_person
 from tests.support.contract import document, judge
 from tests.support.images import image
+from tests.support.libraries import require_library
 from tests.support.secrets import plant
 from tests.support.servers import PATIENCE, Server
 from tests.test_docs import PROTOCOL
@@ -34,8 +35,8 @@ def generated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("generated")
     config, package = folder / "config.yaml", folder / PACKAGE
     config.write_text(CONFIG, encoding="utf-8")
+    require_library("openapi_python_client")
     generator = Path(sys.executable).with_name("openapi-python-client")
-    assert generator.exists(), "the generator is missing; run: pip install -r requirements-dev.txt"
     arguments = ["generate", "--path", str(api_documents.OPENAPI), "--config", str(config), "--fail-on-warning"]
     done = subprocess.run(
         [generator, *arguments, "--meta", "none", "--output-path", str(package)],

@@ -107,6 +107,8 @@ class Client:
         """Client id to chat and text of what has no answer yet."""
         self.acked: list[str] = []
         self.sending = False
+        self.answered = False
+        """Whether the server has begun to answer what was resumed: what it tells live after that leaves no hole."""
         self.back = asyncio.Event()
         self.lost = asyncio.Event()
         self.line: Line | None = None
@@ -174,7 +176,10 @@ class Client:
         self.storm.moved.set()
         kind = event["type"]
         chat_id = event.get("chat_id")
+        if kind in ("synced", "reset", "chat_removed", "resumed"):
+            self.answered = True
         if kind == "hello":
+            self.answered = False
             chats = {str(chat): version for chat, version in self.versions.items()}
             self._send({"type": "resume", "account_version": self.account_version, "chats": chats})
         elif kind == "resumed":
@@ -191,8 +196,8 @@ class Client:
         elif isinstance(chat_id, int) and "version" in event:
             held = self.versions[chat_id]
             if event.get("prev", 0) > held:
-                if not self.back.is_set():
-                    return  # live, from between hello and what it resumes: that brings this, too
+                if not self.answered:
+                    return  # live, from before the server read the resume: its answer brings this, too
                 self.storm.fault(f"a hole: {held} is held, {event['type']} begins at {event['prev']}")
             for message in event["messages"] if kind == "chat_changes" else [event.get("message")]:
                 if message is not None and message["seq"] > self.seqs[chat_id]:
@@ -416,3 +421,18 @@ def test_a_crowd_that_lost_the_server_is_back_soon_and_has_missed_nothing(
     assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] > CLIENTS + 500, "too few files may be open"
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(_storm(settings, launch, report))
+
+
+def test_a_client_of_the_storm_forgives_holes_only_until_its_resume_is_answered() -> None:
+    storm = Storm(0)
+    client = Client(storm, 1, "", 0, {1: (5, 5), 2: (5, 5)})
+    hole = {"type": "message_read", "chat_id": 1, "prev": 7, "version": 8}
+    client.on_event({"type": "hello"})
+    client.on_event(hole)
+    assert (storm.faults, client.versions[1]) == ([], 5)
+    client.on_event({"type": "synced", "chat_id": 2, "version": 5})
+    client.on_event(hole)
+    assert storm.faults == ["a hole: 5 is held, message_read begins at 7"]
+    client.on_event({"type": "hello"})  # a new socket, and nothing of it is answered yet
+    client.on_event(hole)
+    assert len(storm.faults) == 1

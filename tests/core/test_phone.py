@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from app.core.errors import BadInput
-from app.core.phone import parse_phone, redact_phone
+from app.core.phone import parse_phone
 
 
 @pytest.mark.parametrize(
@@ -78,8 +78,3 @@ def test_a_range_that_nobody_was_given_is_possible_but_not_valid() -> None:
     with pytest.raises(BadInput):
         parse_phone("+70001234567", validation="valid")
     assert parse_phone("+79991234567", validation="valid") == "+79991234567"
-
-
-def test_logs_see_only_the_last_two_digits() -> None:
-    assert redact_phone("+79991234567") == "**********67"
-    assert redact_phone("") == ""

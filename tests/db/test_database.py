@@ -1,8 +1,10 @@
-"""The pools at their end."""
+"""The pools: how many connections, what a reader sees, and how they end."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import re
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -12,8 +14,10 @@ from sqlalchemy import event, text
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.core.config import Settings
-from app.db.database import Database
+from app.db.database import MYSQL_LOG_CONNECTIONS, ROOT, Database
+from app.db.leadership import Leadership
 from app.db.repositories import sessions as session_repository
+from app.db.repositories.pairs import lock_pair
 from app.main import create_app
 from app.services.container import Services
 from tests.support.accounts import register
@@ -110,3 +114,43 @@ async def test_a_question_that_outlives_the_request_and_the_server_leaves_no_con
     may_answer.set()
     await question
     assert opened.left == 0
+
+
+@pytest.mark.settings(db_pool_size=3)
+async def test_a_worker_takes_as_many_connections_of_mysql_as_the_operator_is_told(mysql_settings: Settings) -> None:
+    database = Database(mysql_settings)
+    watcher = await database.connect_mysql()
+    cursor = watcher.cursor()
+
+    async def connections() -> int:
+        await cursor.execute("SELECT COUNT(*) FROM performance_schema.processlist WHERE db = DATABASE()")
+        [count] = await cursor.fetchone()
+        return int(count)
+
+    others = await connections()
+    await database.start()
+    lead = Leadership(database, "push")
+    async with contextlib.AsyncExitStack() as stack:
+        for _ in range(mysql_settings.db_pool_size):
+            for session in (database.reading(), database.writing()):
+                await (await stack.enter_async_context(session)).execute(text("SELECT 1"))
+        for _ in range(MYSQL_LOG_CONNECTIONS):
+            await stack.enter_async_context(database.appending())
+        assert await lead.hold()
+        taken = await connections() - others
+    lead.release()
+    watcher.close()
+    await database.close()
+    told = re.findall(r"2 . DB_POOL_SIZE \+ (\d+)", (ROOT / "docs/operations.md").read_text(encoding="utf-8"))
+    assert len(told) == 2
+    assert {2 * mysql_settings.db_pool_size + int(rest) for rest in told} == {taken}
+
+
+async def test_a_reader_sees_what_is_committed_meanwhile_on_mysql_and_one_moment_on_sqlite(database: Database) -> None:
+    count = text("SELECT COUNT(*) FROM user_pairs")
+    async with database.reading() as session:
+        before = await session.scalar(count)
+        async with database.writing() as writer:
+            await lock_pair(writer, 1, 2)
+        after = await session.scalar(count)
+    assert (before, after) == ((0, 1) if database.is_mysql else (0, 0))

@@ -41,10 +41,6 @@ class Roster:
         """Of a personal chat: those of the two who block the other."""
         self.max_visible_from = max((member.visible_from_seq for member in members.values()), default=1)
 
-    def peer_of(self, user_id: int) -> int | None:
-        """The other one of a personal chat."""
-        return next((other for other in self.members if other != user_id), None)
-
 
 class RosterCache:
     """The newest rosters this worker knows, bounded by the members they hold. A hint: whoever decides by one

@@ -1,0 +1,137 @@
+"""Push, when the machine or our own code fails it: with the services in this process, to hurt them from within."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import uuid
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from sqlalchemy import select
+from sqlalchemy.exc import ProgrammingError
+
+from app.core.config import Settings
+from app.db.models import Chat
+from app.db.repositories import push as repository
+from app.db.repositories.push import DeviceRow
+from app.services import notification_service
+from app.services.container import Services
+from app.services.notification_service import NotificationService
+from tests.support.firebase import FakeGoogle, fake_google
+from tests.support.people import Person, people
+from tests.support.secrets import plant
+
+
+@pytest.fixture
+async def google(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[FakeGoogle]:
+    """Google, on this machine."""
+    async with fake_google(tmp_path, monkeypatch) as google:
+        yield google
+
+
+@pytest.fixture
+def settings(settings: Settings, google: FakeGoogle) -> Settings:
+    """Push is on."""
+    return settings.model_copy(update={"firebase_credentials_path": google.credentials_path})
+
+
+@pytest.fixture(autouse=True)
+def _no_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A retry comes soon."""
+    monkeypatch.setattr(notification_service, "BACKOFF_SECONDS", 0.01)
+
+
+async def with_device(person: Person) -> str:
+    token = f"device-{uuid.uuid4().hex}"
+    plant(token)
+    await person.do("PUT", "/push/device", {"kind": "token", "token": token})
+    return token
+
+
+async def test_a_push_for_which_the_system_has_no_thread_is_tried_again(
+    client: httpx.AsyncClient, google: FakeGoogle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ann, bo = await people(client, 2)
+    chat, token = await ann.personal(bo), await with_device(bo)
+    start, refused = threading.Thread.start, 0
+
+    def start_or_not(thread: threading.Thread) -> None:
+        nonlocal refused
+        if thread.name == "push" and refused < 2:
+            refused += 1
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start_or_not)
+    await ann.say(chat, "hi")
+    await google.wait(token)
+    assert refused == 2
+
+
+@pytest.mark.logs_errors
+async def test_a_push_that_meets_an_error_nobody_expected_is_tried_again(
+    client: httpx.AsyncClient, google: FakeGoogle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ann, bo = await people(client, 2)
+    chat, token = await ann.personal(bo), await with_device(bo)
+    count, failed = repository.count_unread, 0
+
+    async def count_or_not(*args: Any, **options: Any) -> int:
+        nonlocal failed
+        if failed < 2:
+            failed += 1
+            raise ProgrammingError("SELECT", {}, Exception("no such column"))
+        return await count(*args, **options)
+
+    monkeypatch.setattr(repository, "count_unread", count_or_not)
+    await ann.say(chat, "hi")
+    await google.wait(token)
+    assert failed == 2
+
+
+@pytest.mark.logs_errors
+async def test_a_push_that_always_fails_for_our_own_fault_is_given_up_and_the_cursor_goes_on(
+    client: httpx.AsyncClient, services: Services, google: FakeGoogle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ann, bo = await people(client, 2)
+    chat, token = await ann.personal(bo), await with_device(bo)
+    tries = 0
+
+    async def fail(*args: Any, **options: Any) -> int:
+        nonlocal tries
+        tries += 1
+        raise ProgrammingError("SELECT", {}, Exception("no such column"))
+
+    monkeypatch.setattr(repository, "count_unread", fail)
+    message = await ann.say(chat, "hi")
+    async with asyncio.timeout(20):
+        while True:
+            async with services.database.reading() as session:
+                cursor = await session.scalar(select(Chat.pushed_seq).where(Chat.id == chat))
+            if cursor == message["seq"]:
+                break
+            await asyncio.sleep(0.05)
+    assert tries == notification_service.TRIES_MAX
+    assert services.notifications.devices_waiting == 0
+    assert not google.to(token)
+
+
+async def test_whoever_ends_to_push_counts_no_device_any_more(services: Services) -> None:
+    service = NotificationService(
+        settings=services.settings,
+        clock=services.clock,
+        database=services.database,
+        unit_of_work=services.unit_of_work,
+        online=services.online,
+    )
+    chat = notification_service._Chat(1, True, 0, 0, asyncio.Semaphore())
+    service._tell(chat, DeviceRow(1, 1, "token", "of nobody", datetime.now(UTC).replace(tzinfo=None)), 1, 1)
+    assert service.devices_waiting == 1
+    await service._stop_pushing()  # before the device's task takes its first step
+    assert service.devices_waiting == 0
+    await service.stop()
