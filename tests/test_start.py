@@ -258,6 +258,15 @@ def test_check_says_what_is_missing(clone: Path, clone_env: dict[str, str]) -> N
     assert done.stderr == "The database is empty; run: python -m app migrate\n"
 
 
+def test_check_of_an_empty_database_says_what_the_page_for_operators_shows(
+    clone: Path, clone_env: dict[str, str]
+) -> None:
+    page = (ROOT / "docs/operations.md").read_text(encoding="utf-8")
+    [shown] = re.findall(r"^\$ python -m app check .*never migrated\n(.+?)^```", page, re.MULTILINE | re.DOTALL)
+    done = run([sys.executable, "-m", "app", "check"], cwd=clone, env=clone_env)
+    assert done.stdout + done.stderr == shown
+
+
 def test_migrate_makes_a_database_fit(clone: Path, clone_env: dict[str, str]) -> None:
     for _ in range(2):
         done = run([sys.executable, "-m", "app", "migrate"], cwd=clone, env=clone_env)
