@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 import httpx
+import pydantic
 import pytest
 import websockets
 from fastapi import FastAPI
@@ -531,6 +532,30 @@ async def test_documentation_can_be_switched_off(client: httpx.AsyncClient) -> N
         assert_problem(await client.get(path), 404, "not_found")
     assert (await client.get("/")).json()["name"] == "Dialect"
     assert_problem(await client.put("/api/v1/users/me"), 405, "method_not_allowed")
+
+
+@pytest.mark.parametrize("path", ["/docs", "/redoc"])
+async def test_a_slash_at_the_end_of_a_page_of_documentation_leads_to_it(client: httpx.AsyncClient, path: str) -> None:
+    response = await client.get(f"{path}/")
+    assert response.status_code == 307
+    assert response.url.join(response.headers["location"]).path == path
+    assert not response.headers["location"].startswith("/")  # behind a proxy they may lie deeper
+
+
+async def test_the_first_request_finds_every_route_built(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    app = create_app(settings)
+    built: list[object] = []
+    init = pydantic.TypeAdapter.__init__
+
+    def counted(adapter: Any, *args: Any, **options: Any) -> None:
+        built.append(args)
+        init(adapter, *args, **options)
+
+    monkeypatch.setattr(pydantic.TypeAdapter, "__init__", counted)
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://test") as client:
+        assert (await client.get("/health/live")).status_code == 200
+        assert (await client.get("/api/v1/users/me")).status_code == 401
+    assert built == []
 
 
 async def test_the_root_leads_to_the_documentation(client: httpx.AsyncClient) -> None:
