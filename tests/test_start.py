@@ -122,6 +122,28 @@ def test_development_makes_a_key_of_its_own_and_keeps_it_private(clone: Path, cl
     assert stat.S_IMODE((clone / ".secret_key").stat().st_mode) == 0o600
 
 
+@pytest.mark.parametrize("command", [MIGRATE, [sys.executable, "-m", "app", "check"]], ids=["migrate", "check"])
+def test_a_new_sqlite_file_is_for_its_owner_only(command: list[str], clone: Path, clone_env: dict[str, str]) -> None:
+    run(["sh", "-c", 'umask 022 && exec "$@"', "sh", *command], cwd=clone, env=clone_env)
+    assert stat.S_IMODE((clone / "dialect.db").stat().st_mode) == 0o600
+
+
+async def test_what_sqlite_puts_beside_its_file_is_as_private_as_the_file(
+    settings: Settings, start_server: StartServer
+) -> None:
+    if settings.uses_mysql:
+        pytest.skip("MySQL keeps its files itself")
+    path = settings.sqlite_path
+    for mode in (0o600, 0o640):  # the second is the owner's choice, and stays
+        path.chmod(mode)
+        server = start_server(settings)
+        async with server.client() as client:
+            await register(client)
+        for file in (path, path.with_name(f"{path.name}-wal"), path.with_name(f"{path.name}-shm")):
+            assert stat.S_IMODE(file.stat().st_mode) == mode, file
+        server.stop()
+
+
 async def test_a_relative_folder_of_files_is_in_the_folder_where_the_server_was_started(
     settings: Settings, start_server: StartServer, tmp_path: Path
 ) -> None:
