@@ -17,10 +17,11 @@ import pytest
 
 from app.core.config import Settings
 from tests.conftest import StartServer
-from tests.support.accounts import register
+from tests.support.accounts import new_person, register
 from tests.support.databases import SECRET_KEY, make_settings
 from tests.support.images import image
 from tests.support.people import people
+from tests.support.redis_server import RedisServer
 from tests.support.secrets import check_log
 from tests.support.servers import COMMANDS, ROOT, Door, Server, environment, run
 
@@ -189,6 +190,41 @@ def test_a_service_account_that_cannot_be_used_is_one_sentence(
     assert done.returncode != 0
     pattern = r"The Firebase service account \S+/account.json \(FIREBASE_CREDENTIALS_PATH\) cannot be used \("
     assert_one_sentence(done.stdout + done.stderr, pattern)
+
+
+REDIS_REFUSES = {
+    "a wrong password": ("redis://:wrong-word@127.0.0.1:{port}/0", "Redis refuses the password in REDIS_URL"),
+    "no password": ("redis://127.0.0.1:{port}/0", "Redis refuses the password in REDIS_URL"),
+    "no such database": ("redis://:right-word@127.0.0.1:{port}/99", "Redis has no such database as REDIS_URL names"),
+}
+
+
+@pytest.mark.parametrize("door", ["tuned", "check"])
+@pytest.mark.parametrize(("url", "sentence"), REDIS_REFUSES.values(), ids=REDIS_REFUSES)
+def test_a_redis_that_will_never_serve_is_one_sentence(
+    door: Literal["tuned", "check"], url: str, sentence: str, settings: Settings, redis: RedisServer, tmp_path: Path
+) -> None:
+    redis.require_password("right-word")
+    command = [sys.executable, "-m", "app", "check"] if door == "check" else COMMANDS[door]
+    done = run(command, cwd=tmp_path, env=environment(settings, REDIS_URL=url.format(port=redis.port)))
+    assert done.returncode != 0
+    assert_one_sentence(done.stdout + done.stderr, sentence)
+    assert "-word" not in done.stdout + done.stderr
+
+
+@pytest.mark.settings(limit_register_per_ip="9/hour", limit_login_per_ip="9/hour")
+async def test_a_redis_that_is_away_keeps_nobody_from_starting_and_refuses_who_must_be_counted(
+    settings: Settings, start_server: StartServer, redis: RedisServer
+) -> None:
+    redis.kill()
+    async with start_server(settings, REDIS_URL=redis.url).client() as client:
+        person = new_person()
+        login = {"username": person["phone"], "password": person["password"]}
+        registered = await client.post("/api/v1/auth/register", json=person)
+        logged_in = await client.post("/api/v1/auth/token", data=login)
+    assert [answer.status_code for answer in (registered, logged_in)] == [503, 503]
+    assert registered.json()["detail"] == "Registrations cannot be counted right now; try again."
+    assert logged_in.json()["detail"] == "Logins cannot be counted right now; try again."
 
 
 @pytest.mark.parametrize("command", [MIGRATE, [sys.executable, "-m", "app", "migrate"]])
