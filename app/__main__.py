@@ -14,7 +14,7 @@ from app.core.config import MAX_WORKERS, Settings, get_settings
 from app.core.errors import StartupError
 from app.db.database import Database, migrate
 from app.db.schemas import MAX_ID
-from app.services.bus import BUS_ERRORS, redis_client
+from app.services.bus import BUS_ERRORS, check_redis, redis_client
 from app.services.notification_service import open_firebase
 from app.trace import trace
 from app.workers import serve
@@ -93,7 +93,7 @@ async def check(settings: Settings) -> None:
     if settings.redis_url is not None:
         redis = redis_client(settings.redis_url.get_secret_value())
         try:
-            await redis.ping()
+            await check_redis(redis)
         except BUS_ERRORS as error:
             raise StartupError(f"Redis does not answer ({type(error).__name__}); check REDIS_URL.") from error
         finally:

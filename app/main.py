@@ -87,12 +87,20 @@ def create_app(settings: Settings | None = None, clock: Clock | None = None) -> 
     app.add_api_route("/", root_of(settings), include_in_schema=False)
     if settings.docs_enabled:
         docs_pages.install(app)
+    build_routes(app)
     generate = app.openapi
     # FastAPI's way to extend it. Once: it is asked for by every answer of 405, too.
     app.openapi = functools.cache(  # type: ignore[method-assign]
         lambda: examples.describe(webhooks.describe(problems.describe(generate())))
     )
     return app
+
+
+def build_routes(app: FastAPI) -> None:
+    """Let every route build what it validates with. FastAPI would do it while the first request waits."""
+    nowhere = {"type": "http", "method": "GET", "path": "/nowhere", "headers": []}
+    for route in app.routes:
+        route.matches(nowhere)
 
 
 @contextlib.asynccontextmanager

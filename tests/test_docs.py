@@ -37,6 +37,14 @@ def test_settings_table_is_fresh() -> None:
     assert page == settings_table.replace_table(page), "run: python scripts/settings_table.py --write"
 
 
+def test_the_protocol_tells_how_long_searches_wait() -> None:
+    [(queue, seconds)] = re.findall(
+        r"^\| Searches, .+? that wait for the database \| (\d+), for (\d+) s \|", PROTOCOL, re.M
+    )
+    defaults = {name: field.default for name, field in Settings.model_fields.items()}
+    assert (int(queue), float(seconds)) == (defaults["bulk_queue"], defaults["bulk_wait_seconds"])
+
+
 # --- error codes ---
 
 
@@ -277,6 +285,16 @@ def test_links_resolve(page: Path) -> None:
         if anchor:
             headings = re.findall(r"^#+ (.+)$", linked.read_text(encoding="utf-8"), re.MULTILINE)
             assert anchor in map(_anchor, headings), f"{page.name}: {target}"
+
+
+@pytest.mark.parametrize("name", ["README.md", "README.ru.md"])
+def test_the_roadmap_ticks_what_is_done_and_nothing_else(name: str) -> None:
+    parts = re.findall(
+        r"^\*\*(.+)\*\*\n((?:- \[[ x]\] .+\n)+)", (ROOT / name).read_text(encoding="utf-8"), re.MULTILINE
+    )
+    assert len(parts) == 3
+    for heading, items in parts:
+        assert set(re.findall(r"- \[([ x])\]", items)) == ({"x"} if "v1.0" in heading else {" "}), heading
 
 
 def test_both_readmes_show_the_same_commands() -> None:

@@ -17,10 +17,11 @@ import pytest
 
 from app.core.config import Settings
 from tests.conftest import StartServer
-from tests.support.accounts import register
+from tests.support.accounts import new_person, register
 from tests.support.databases import SECRET_KEY, make_settings
 from tests.support.images import image
 from tests.support.people import people
+from tests.support.redis_server import RedisServer
 from tests.support.secrets import check_log
 from tests.support.servers import COMMANDS, ROOT, Door, Server, environment, run
 
@@ -122,6 +123,28 @@ def test_development_makes_a_key_of_its_own_and_keeps_it_private(clone: Path, cl
     assert stat.S_IMODE((clone / ".secret_key").stat().st_mode) == 0o600
 
 
+@pytest.mark.parametrize("command", [MIGRATE, [sys.executable, "-m", "app", "check"]], ids=["migrate", "check"])
+def test_a_new_sqlite_file_is_for_its_owner_only(command: list[str], clone: Path, clone_env: dict[str, str]) -> None:
+    run(["sh", "-c", 'umask 022 && exec "$@"', "sh", *command], cwd=clone, env=clone_env)
+    assert stat.S_IMODE((clone / "dialect.db").stat().st_mode) == 0o600
+
+
+async def test_what_sqlite_puts_beside_its_file_is_as_private_as_the_file(
+    settings: Settings, start_server: StartServer
+) -> None:
+    if settings.uses_mysql:
+        pytest.skip("MySQL keeps its files itself")
+    path = settings.sqlite_path
+    for mode in (0o600, 0o640):  # the second is the owner's choice, and stays
+        path.chmod(mode)
+        server = start_server(settings)
+        async with server.client() as client:
+            await register(client)
+        for file in (path, path.with_name(f"{path.name}-wal"), path.with_name(f"{path.name}-shm")):
+            assert stat.S_IMODE(file.stat().st_mode) == mode, file
+        server.stop()
+
+
 async def test_a_relative_folder_of_files_is_in_the_folder_where_the_server_was_started(
     settings: Settings, start_server: StartServer, tmp_path: Path
 ) -> None:
@@ -167,6 +190,41 @@ def test_a_service_account_that_cannot_be_used_is_one_sentence(
     assert done.returncode != 0
     pattern = r"The Firebase service account \S+/account.json \(FIREBASE_CREDENTIALS_PATH\) cannot be used \("
     assert_one_sentence(done.stdout + done.stderr, pattern)
+
+
+REDIS_REFUSES = {
+    "a wrong password": ("redis://:wrong-word@127.0.0.1:{port}/0", "Redis refuses the password in REDIS_URL"),
+    "no password": ("redis://127.0.0.1:{port}/0", "Redis refuses the password in REDIS_URL"),
+    "no such database": ("redis://:right-word@127.0.0.1:{port}/99", "Redis has no such database as REDIS_URL names"),
+}
+
+
+@pytest.mark.parametrize("door", ["tuned", "check"])
+@pytest.mark.parametrize(("url", "sentence"), REDIS_REFUSES.values(), ids=REDIS_REFUSES)
+def test_a_redis_that_will_never_serve_is_one_sentence(
+    door: Literal["tuned", "check"], url: str, sentence: str, settings: Settings, redis: RedisServer, tmp_path: Path
+) -> None:
+    redis.require_password("right-word")
+    command = [sys.executable, "-m", "app", "check"] if door == "check" else COMMANDS[door]
+    done = run(command, cwd=tmp_path, env=environment(settings, REDIS_URL=url.format(port=redis.port)))
+    assert done.returncode != 0
+    assert_one_sentence(done.stdout + done.stderr, sentence)
+    assert "-word" not in done.stdout + done.stderr
+
+
+@pytest.mark.settings(limit_register_per_ip="9/hour", limit_login_per_ip="9/hour")
+async def test_a_redis_that_is_away_keeps_nobody_from_starting_and_refuses_who_must_be_counted(
+    settings: Settings, start_server: StartServer, redis: RedisServer
+) -> None:
+    redis.kill()
+    async with start_server(settings, REDIS_URL=redis.url).client() as client:
+        person = new_person()
+        login = {"username": person["phone"], "password": person["password"]}
+        registered = await client.post("/api/v1/auth/register", json=person)
+        logged_in = await client.post("/api/v1/auth/token", data=login)
+    assert [answer.status_code for answer in (registered, logged_in)] == [503, 503]
+    assert registered.json()["detail"] == "Registrations cannot be counted right now; try again."
+    assert logged_in.json()["detail"] == "Logins cannot be counted right now; try again."
 
 
 @pytest.mark.parametrize("command", [MIGRATE, [sys.executable, "-m", "app", "migrate"]])
@@ -256,6 +314,15 @@ def test_check_says_what_is_missing(clone: Path, clone_env: dict[str, str]) -> N
     done = run([sys.executable, "-m", "app", "check"], cwd=clone, env=clone_env)
     assert done.returncode != 0
     assert done.stderr == "The database is empty; run: python -m app migrate\n"
+
+
+def test_check_of_an_empty_database_says_what_the_page_for_operators_shows(
+    clone: Path, clone_env: dict[str, str]
+) -> None:
+    page = (ROOT / "docs/operations.md").read_text(encoding="utf-8")
+    [shown] = re.findall(r"^\$ python -m app check .*never migrated\n(.+?)^```", page, re.MULTILINE | re.DOTALL)
+    done = run([sys.executable, "-m", "app", "check"], cwd=clone, env=clone_env)
+    assert done.stdout + done.stderr == shown
 
 
 def test_migrate_makes_a_database_fit(clone: Path, clone_env: dict[str, str]) -> None:

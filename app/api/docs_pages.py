@@ -14,7 +14,7 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.openapi.docs import get_redoc_html, get_swagger_ui_html
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, Response
+from starlette.responses import HTMLResponse, RedirectResponse, Response
 from starlette.staticfiles import StaticFiles
 
 # Relative, as all addresses here: they hold behind a proxy that serves this under a path of its own, too.
@@ -60,7 +60,11 @@ def _add_page(app: FastAPI, path: str, html: str) -> None:
     async def page(request: Request) -> Response:
         return HTMLResponse(html, headers=headers)
 
+    async def redirect(request: Request) -> Response:
+        return RedirectResponse(f"..{path}")
+
     app.add_route(path, page, include_in_schema=False)
+    app.add_route(f"{path}/", redirect, include_in_schema=False)
 
 
 def policy(html: str) -> str:

@@ -66,6 +66,7 @@ PROBLEM_EXAMPLES = {
     "storage_unavailable": ProblemExample(503, "Files cannot be stored now; try again later."),
     "too_many_attachments": ProblemExample(422, "A message has at most 10 files.", "attachments"),
     "too_many_pinned": ProblemExample(409, "At most 10 chats can be pinned."),
+    "unsupported_media_type": ProblemExample(415, "Send JSON with Content-Type: application/json."),
     "user_not_found": ProblemExample(404, "There is no such user."),
     "username_reserved": ProblemExample(422, "This username is reserved.", "username"),
     "username_taken": ProblemExample(409, "Somebody has this username.", "username"),

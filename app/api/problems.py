@@ -15,6 +15,7 @@ import orjson
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from pydantic import Field, TypeAdapter
+from starlette.datastructures import FormData
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.routing import compile_path
@@ -62,6 +63,10 @@ DETAILS = {
     405: "This method is not allowed here.",
     413: "The body is too large.",
 }
+JSON = "application/json"
+FORM = "application/x-www-form-urlencoded"
+FORMS = (FORM, "multipart/form-data")
+"""What is read as a form."""
 SCHEMA_REF = "#/components/schemas/Problem"
 RETRY_AFTER = {"Retry-After": {"description": "Seconds to wait first.", "schema": {"type": "integer", "minimum": 1}}}
 HEADERS: dict[int, dict[str, Any]] = {
@@ -174,6 +179,8 @@ def _complete(operation: dict[str, Any], method: str, schemas: dict[str, Any]) -
             continue
         if "invalid_request" in examples and wrong is not None:
             examples["invalid_request"] = _example("invalid_request", wrong=wrong)
+        if "unsupported_media_type" in examples and FORM in operation["requestBody"]["content"]:
+            examples["unsupported_media_type"] = _example("unsupported_media_type", detail=_send_as(FORM))
         response["description"] = f"{_title(int(status))}: {', '.join(f'`{code}`' for code in examples)}."
     operation["responses"] = dict(sorted(responses.items()))
 
@@ -194,10 +201,10 @@ def _implied(operation: dict[str, Any], method: str, *, takes_input: bool) -> It
         yield "invalid_request"
     if body:
         yield "body_too_large"
-    if "application/json" in body:
-        yield "invalid_json"
-    if "application/x-www-form-urlencoded" in body:
-        yield "bad_request"
+    if JSON in body:
+        yield from ("invalid_json", "unsupported_media_type")
+    if FORM in body:
+        yield from ("bad_request", "unsupported_media_type")
 
 
 def _add_code(responses: dict[Any, dict[str, Any]], status: int | str, code: str) -> None:
@@ -214,8 +221,9 @@ def _add_code(responses: dict[Any, dict[str, Any]], status: int | str, code: str
     response["content"][MEDIA_TYPE]["examples"][code] = {"$ref": f"#/components/examples/{code}"}
 
 
-def _example(code: str, *, wrong: FieldError | None = None) -> dict[str, Any]:
-    status, detail, field = PROBLEM_EXAMPLES[code]
+def _example(code: str, *, wrong: FieldError | None = None, detail: str | None = None) -> dict[str, Any]:
+    status, usual, field = PROBLEM_EXAMPLES[code]
+    detail = detail or usual
     if field is not None:
         wrong = {"loc": ["body", field], "msg": detail}
     return {"summary": detail, "value": _body(status, code, detail, [wrong] if wrong else [])}
@@ -255,16 +263,37 @@ async def _on_dialect_error(_request: Request, error: Exception) -> Response:
     return error_response(error)
 
 
-async def _on_invalid_request(_request: Request, error: Exception) -> Response:
+async def _on_invalid_request(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)  # noqa: S101 - registered for it alone
     found = error.errors()
     if any(item["type"] == "json_invalid" for item in found):
         return problem(422, "invalid_json", "The body is not valid JSON.")
+    if (wanted := _wanted_type(request, error.body)) is not None:
+        detail = _send_as(wanted)
+        return problem(415, "unsupported_media_type", detail)
     # pydantic's messages name limits and types, never the value; `input` and `ctx` would show it.
     errors: list[FieldError] = [
         {"loc": [_printable(part) for part in item["loc"]], "msg": str(item["msg"])} for item in found[:50]
     ]
     return problem(422, "invalid_request", "The request is not acceptable; see `errors`.", errors=errors)
+
+
+def _wanted_type(request: Request, body: Any) -> str | None:
+    """The type that a body was read as in vain, because it says that it is another one."""
+    if isinstance(body, bytes):  # FastAPI leaves what is not said to be JSON as it came
+        return JSON
+    if isinstance(body, FormData) and _has_body(request.headers):
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        return None if kind in FORMS else FORM
+    return None
+
+
+def _has_body(headers: Mapping[str, str]) -> bool:
+    return "transfer-encoding" in headers or headers.get("content-length", "0") != "0"
+
+
+def _send_as(media_type: str) -> str:
+    return f"Send {'JSON' if media_type == JSON else 'a form'} with Content-Type: {media_type}."
 
 
 def _printable(part: str | int) -> str | int:

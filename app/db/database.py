@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import logging
 import math
+import os
 import sqlite3
 import sys
 import time
@@ -381,6 +382,7 @@ class Database:
             # Held for the life of the process and freed by the kernel, even after kill -9.
             self._lock_file = open(f"{path}.lock", "w")  # noqa: SIM115 - outlives this block
             _lock_now(self._lock_file)
+            _make_private(path)
         except BlockingIOError as error:
             raise StartupError(
                 f"Another server is using {path}. SQLite serves one process: stop the other one, "
@@ -388,6 +390,15 @@ class Database:
             ) from error
         except OSError as error:
             raise StartupError(f"{path} cannot be written ({error.strerror}).") from error
+
+
+def _make_private(path: Path) -> None:
+    """Make a database that is not there yet readable by its owner only; what SQLite puts beside it gets its mode.
+
+    Raises OSError. The mode of one that exists is its owner's choice.
+    """
+    with contextlib.suppress(FileExistsError):
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
 
 
 def _lock_now(file: IO[str]) -> None:
@@ -520,6 +531,8 @@ def migrate(settings: Settings, revision: str = "head") -> None:
     try:
         if settings.uses_mysql:
             _create_mysql_database(settings, url)
+        else:
+            _make_private(settings.sqlite_path)
         engine = create_engine(url, poolclass=NullPool)
         try:
             with engine.connect() as connection:

@@ -378,7 +378,8 @@ class ChatRemovedEvent(TypedDict):
 
 
 class ReadMarkEvent(TypedDict):
-    """The user's own read mark moved, where the chat's log does not tell."""
+    """The user's own read mark moved, where the chat's log does not tell; in a resume, also that of a chat joined
+    since."""
 
     type: Literal["read_mark"]
     account_version: AccountVersion

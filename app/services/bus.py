@@ -19,10 +19,11 @@ import orjson
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import RedisError
+from redis.exceptions import AuthenticationError, RedisError, ResponseError
 
 from app.core import metrics
 from app.core.clock import Clock
+from app.core.errors import StartupError
 from app.core.tasks import supervise
 
 log = logging.getLogger(__name__)
@@ -68,6 +69,19 @@ def redis_client(url: str) -> Redis:
     )
 
 
+async def check_redis(redis: Redis) -> None:
+    """Ask Redis once. Raises StartupError when it answers and will never do as REDIS_URL says, and what Redis raises
+    when it is away."""
+    try:
+        await redis.ping()
+    except AuthenticationError as error:
+        raise StartupError("Redis refuses the password in REDIS_URL, or wants one.") from error
+    except ResponseError as error:
+        if "DB index" not in str(error):
+            raise
+        raise StartupError("Redis has no such database as REDIS_URL names: the number after the last slash.") from error
+
+
 class Bus:
     """This worker's end of the bus. Set the callbacks, then `start`."""
 
@@ -102,6 +116,11 @@ class Bus:
     def peers(self) -> list[str]:
         """The other workers, as far as they are heard."""
         return list(self._peers)
+
+    async def check(self) -> None:
+        """Raises StartupError when Redis will not serve this worker; whether it is there is for later to see."""
+        with contextlib.suppress(*BUS_ERRORS):
+            await check_redis(self._redis)
 
     def start(self, namespace: str) -> None:
         """Begin to send and to hear. Workers of one namespace hear each other."""

@@ -101,6 +101,8 @@ class Services:
     async def start(self) -> None:
         """Take the database into use and begin work. Raises StartupError with a sentence for the operator."""
         await self.database.start()
+        if self.cluster.bus is not None:
+            await self.cluster.bus.check()
         async with self.database.reading() as session:
             self.catch_up.epoch = await account_repository.epoch(session)
         self.admission.start()

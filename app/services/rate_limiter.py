@@ -150,7 +150,8 @@ class RateLimiter:
                     raise _too_many(wait)
                 return
             if name in FAIL_CLOSED:
-                raise Unavailable("overloaded", "Logins cannot be counted right now; try again.", retry_after=2)
+                what = "Registrations" if name == "limit_register_per_ip" else "Logins"
+                raise Unavailable("overloaded", f"{what} cannot be counted right now; try again.", retry_after=2)
         if not await self._here.hit(rule, *parts):
             metrics.rate_limited.labels(name).inc()
             stats = await self._here.get_window_stats(rule, *parts)

@@ -13,7 +13,7 @@ from app.core.config import Settings
 from app.db.events import AnyCommand
 from tests.conftest import StartServer
 from tests.support.people import people
-from tests.support.servers import Door
+from tests.support.servers import Door, Server
 from tests.support.socket_client import SocketClient
 from tests.support.watch import watched
 
@@ -111,6 +111,25 @@ def spoilt(schema: Json, good: Json) -> Iterator[tuple[str, set[str]]]:
     yield json.dumps(good) * 2, {"invalid_json"}
     yield json.dumps(good).replace('"', "'"), {"invalid_json"}
     yield "\ufeff" + json.dumps(good), {"invalid_json"}
+
+
+UNKNOWN_FIELDS = {
+    "foo": "foo: unknown field",
+    "имя": "имя: unknown field",
+    "a\nb\x00\x1b[31m": r"a\nb\x00\x1b[31m: unknown field",
+    "\u202e": r"\u202e: unknown field",
+    "x" * 5000: "x" * 64 + ": unknown field",
+    "\u202e" * 5000: r"\u202e" * 10 + r"\u20" + ": unknown field",
+}
+
+
+@pytest.mark.parametrize("name", UNKNOWN_FIELDS, ids=range(len(UNKNOWN_FIELDS)))
+async def test_an_unknown_field_is_named_in_short_and_in_print(shared_server: Server, name: str) -> None:
+    async with shared_server.client() as client:
+        [ann] = await people(client, 1)
+    async with await ann.open(shared_server) as socket:
+        answer = await error_of(socket, json.dumps({"type": "ping", name: 1}, ensure_ascii=False))
+    assert (answer["code"], answer["detail"]) == ("invalid_frame", UNKNOWN_FIELDS[name])
 
 
 NO_COMMANDS = {

@@ -407,7 +407,8 @@ async def test_bad_bodies(client: httpx.AsyncClient, app: FastAPI, operations: d
                 rest = {other: item for other, item in call.body.items() if other != name}
                 assert_refused(await call.send(content=json.dumps(rest)), key, name, codes=("invalid_request",))
         for kind in ("text/plain", "application/xml", "multipart/form-data; boundary=x", "nonsense", "image/png"):
-            assert_refused(await call.send(type=kind), key, kind, codes=("invalid_request", "bad_request"))
+            assert_refused(await call.send(type=kind), key, kind, codes=("unsupported_media_type",))
+            assert_refused(await call.send(type=kind, content=""), key, kind, codes=("invalid_request",))
         # After all this nothing has happened, and the good request still works.
         assert (await call.send()).is_success or ROUTES[key].may.startswith("409"), key
         scene = scene if key.startswith("GET") else await set_scene(client)
@@ -434,8 +435,11 @@ async def test_bad_forms(client: httpx.AsyncClient, app: FastAPI, operations: di
             assert_refused(await call.send(content=content), key, content[:50])
         good = str(httpx.QueryParams(call.form))
         assert_refused(await call.send(content=good + "&x=" + "a" * 2**20), key, codes=("body_too_large",))
-        for kind in ("application/json", "text/plain", "multipart/form-data; boundary=x", "multipart/form-data"):
-            assert_refused(await call.send(type=kind), key, kind)
+        for kind in ("application/json", "text/plain", "nonsense"):
+            assert_refused(await call.send(type=kind), key, kind, codes=("unsupported_media_type",))
+            assert_refused(await call.send(type=kind, content=""), key, kind, codes=("invalid_request",))
+        for kind in ("multipart/form-data; boundary=x", "multipart/form-data"):
+            assert_refused(await call.send(type=kind), key, kind, codes=("invalid_request", "bad_request"))
         assert (await call.send(content=good + "&unknown=1")).status_code == 200, "RFC 6749 has them ignored"
 
 

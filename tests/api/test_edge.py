@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 import httpx
+import pydantic
 import pytest
 import websockets
 from fastapi import FastAPI
@@ -27,6 +28,8 @@ from tests.support.secrets import check_log, plant
 from tests.support.servers import Door, Server
 
 REGISTER = "/api/v1/auth/register"
+TOKEN = "/api/v1/auth/token"
+FORM = "application/x-www-form-urlencoded"
 DOORS: list[Door] = ["tuned", "plain"]
 
 
@@ -356,10 +359,43 @@ async def test_json_of_another_shape_is_refused(client: httpx.AsyncClient, body:
     assert response.json()["code"] in ("invalid_request", "invalid_json")
 
 
-@pytest.mark.parametrize("kind", ["text/plain", "application/xml", "application/json; charset=utf-16", "nonsense", ""])
+@pytest.mark.parametrize("kind", ["text/plain", "application/xml", "nonsense", ""])
 async def test_another_kind_of_body_is_refused_and_not_guessed(client: httpx.AsyncClient, kind: str) -> None:
     response = await client.post(REGISTER, content=b"\xff\xfe{", headers={"Content-Type": kind})
-    assert response.status_code == 422
+    assert_problem(response, 415, "unsupported_media_type")
+
+
+async def test_json_is_utf_8_whatever_its_type_says(client: httpx.AsyncClient) -> None:
+    headers = {"Content-Type": "application/json; charset=utf-16"}
+    assert_problem(await client.post(REGISTER, content=b"\xff\xfe{", headers=headers), 422, "invalid_json")
+
+
+@pytest.mark.parametrize("door", DOORS)
+async def test_who_forgets_the_type_of_a_body_is_told_which_one_to_send(
+    settings: Settings, start_server: StartServer, door: Door
+) -> None:
+    async with start_server(settings, door).client() as client:
+        someone = new_person()
+        body = json.dumps(someone).encode()
+        login = {"username": someone["phone"], "password": someone["password"]}
+        of_curl = {"Content-Type": FORM}  # what `curl -d` says of whatever it sends
+        refused: list[httpx.Response] = [
+            await client.post(REGISTER, content=body),
+            await client.post(REGISTER, content=body, headers=of_curl),
+            await client.post(TOKEN, json=login),
+            await client.post(TOKEN, content=json.dumps(login).encode()),
+        ]
+        for response in refused:
+            assert_problem(response, 415, "unsupported_media_type")
+        as_json, as_form = "Send JSON with Content-Type: application/json.", f"Send a form with Content-Type: {FORM}."
+        assert [response.json()["detail"] for response in refused] == [as_json, as_json, as_form, as_form]
+        for path in (REGISTER, TOKEN):  # nothing has no type
+            assert_problem(await client.post(path), 422, "invalid_request")
+        as_vendors_write_it = {"Content-Type": "application/vnd.example+json"}
+        assert (await client.post(REGISTER, content=body, headers=as_vendors_write_it)).status_code == 201
+        assert (await client.post(TOKEN, data=login)).status_code == 200
+        form = f"username={login['username']}&password={login['password']}"
+        assert (await client.post(TOKEN, content=form, headers={"Content-Type": FORM})).status_code == 200
 
 
 @pytest.mark.parametrize(
@@ -496,6 +532,30 @@ async def test_documentation_can_be_switched_off(client: httpx.AsyncClient) -> N
         assert_problem(await client.get(path), 404, "not_found")
     assert (await client.get("/")).json()["name"] == "Dialect"
     assert_problem(await client.put("/api/v1/users/me"), 405, "method_not_allowed")
+
+
+@pytest.mark.parametrize("path", ["/docs", "/redoc"])
+async def test_a_slash_at_the_end_of_a_page_of_documentation_leads_to_it(client: httpx.AsyncClient, path: str) -> None:
+    response = await client.get(f"{path}/")
+    assert response.status_code == 307
+    assert response.url.join(response.headers["location"]).path == path
+    assert not response.headers["location"].startswith("/")  # behind a proxy they may lie deeper
+
+
+async def test_the_first_request_finds_every_route_built(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    app = create_app(settings)
+    built: list[object] = []
+    init = pydantic.TypeAdapter.__init__
+
+    def counted(adapter: Any, *args: Any, **options: Any) -> None:
+        built.append(args)
+        init(adapter, *args, **options)
+
+    monkeypatch.setattr(pydantic.TypeAdapter, "__init__", counted)
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://test") as client:
+        assert (await client.get("/health/live")).status_code == 200
+        assert (await client.get("/api/v1/users/me")).status_code == 401
+    assert built == []
 
 
 async def test_the_root_leads_to_the_documentation(client: httpx.AsyncClient) -> None:

@@ -30,7 +30,6 @@ NOWHERE = {
     "internal_error",
     "method_not_allowed",
     "not_found",
-    "unsupported_media_type",
     "upgrade_required",
 }
 """Codes of REST that belong to no operation: addresses and methods that do not exist, bugs, the socket's address."""
@@ -156,6 +155,8 @@ def test_an_operation_tells_of_the_errors_that_follow_from_what_it_takes(path: s
     takes_input = bool(operation.get("parameters")) or "requestBody" in operation
     assert ("invalid_request" in _codes(operation, "422")) == takes_input
     assert ("body_too_large" in _codes(operation, "413")) == ("requestBody" in operation)
+    kinds = set(operation.get("requestBody", {}).get("content", {}))
+    assert ("unsupported_media_type" in _codes(operation, "415")) == bool(kinds - {"multipart/form-data"})
 
 
 @every_operation

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import httpx
 import pytest
 
 from tests.support.people import Json, people
@@ -94,6 +95,20 @@ async def test_in_large_chats_marks_are_kept_and_told_to_those_who_ask(server: S
             await phone.send(type="message_read", chat_id=group, message_id=latest["id"])
             event = await hers.wait(type="message_read")
             assert (event["user_id"], event["seq"]) == (bo.id, latest["seq"])
+
+
+async def test_a_resume_brings_the_read_mark_of_a_chat_that_was_joined_since(client: httpx.AsyncClient) -> None:
+    ann, bo = await people(client, 2)
+    old = await ann.group()
+    before = (await ann.resume(account_version=0, chats={}))[-1]
+    chat_id = await bo.personal(ann)
+    await bo.say(chat_id, "1")
+    await ann.read(await bo.say(chat_id, "2"))
+    events = await ann.resume(account_version=before["account_version"], chats={str(old): 1}, epoch=before["epoch"])
+    [mark] = [event for event in events if event["type"] == "read_mark"]
+    [reset] = [event for event in events if event["type"] == "reset"]
+    assert (mark["chat_id"], mark["seq"]) == (chat_id, 2)
+    assert reset["chat"]["read_seq"] == mark["seq"]
 
 
 async def test_behind_a_block_marks_of_the_personal_chat_stay_private(shared_server: Server) -> None:

@@ -270,7 +270,7 @@ async def test_a_bad_frame_is_answered_and_harms_nobody(
             ({"type": "hello"}, "unknown_type"),
             ({"type": None}, "unknown_type"),
             ({"type": ["ping"]}, "unknown_type"),
-            ({"type": "ping", secret: 1}, "invalid_frame"),
+            ({"type": "ping", "unknown": secret}, "invalid_frame"),  # what the field is called, its sender is told
             ({"type": "ping", "ref": "r" * 65}, "invalid_frame"),
             ({"type": "ping", "ref": 1}, "invalid_frame"),
             ({"type": "new_message", "content": "x"}, "invalid_frame"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -55,12 +56,15 @@ async def test_a_backup_of_a_running_server_brings_back_what_was_then_and_client
         await ann.send_files(chat_id, "image", file, content="Before the backup")
         before = (await bo.fetch(file["file_id"])).content
         await asyncio.to_thread(obey, "sqlite backup", settings, tmp_path)
+        for name in ("backup.db", "files.tar.gz"):
+            assert stat.S_IMODE((tmp_path / name).stat().st_mode) == 0o600, f"{name} is readable by others"
         await ann.say(chat_id, "After the backup")
         later = await ann.upload(b"after the backup")
         epoch = (await ann.resume(account_version=0, chats={}))[-1]["epoch"]
         server.stop()
 
     await asyncio.to_thread(obey, "sqlite restore", settings, tmp_path)
+    assert stat.S_IMODE((tmp_path / "dialect.db").stat().st_mode) == 0o600
     server = start_server(settings.model_copy(update={"secret_key": type(settings.secret_key)(NEW_KEY)}))
     async with server.client() as client:
         ann, bo = Person(client, ann.account), Person(client, bo.account)

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import ipaddress
+import os
 import re
+import shutil
+import stat
+from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
 from app.core.config import Settings
-from tests.support.servers import ROOT
+from tests.support.servers import ROOT, run
+from tests.support.tools import require_tools
 
 TEXT = (ROOT / "compose.yaml").read_text()
 COMPOSE: dict[str, Any] = yaml.safe_load(TEXT)
@@ -36,6 +41,26 @@ def test_without_a_secret_nothing_starts_and_a_sentence_says_why(name: str) -> N
     uses = re.findall(r"\$\{" + name + r"\b([^}]*)\}", TEXT)
     assert uses
     assert all(re.fullmatch(r":\?set it in \.env, .+", use) for use in uses)
+
+
+@pytest.mark.parametrize("page", ["README.md", "README.ru.md", "docs/operations.md"])
+@pytest.mark.parametrize("copied", [True, False])
+def test_the_secrets_are_made_for_their_owner_only_and_the_placeholder_gives_way(
+    page: str, copied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    require_tools(["openssl"], "openssl")
+    text = (ROOT / page).read_text(encoding="utf-8")
+    [commands] = re.findall(r"```bash\n((?:.*\n)?for name in SECRET_KEY .*\n)", text)
+    env = tmp_path / ".env"
+    if copied:
+        shutil.copyfile(ROOT / ".env.example", env)
+    done = run(["bash", "-euc", f"umask 022\n{commands}"], cwd=tmp_path, env=dict(os.environ))
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert stat.S_IMODE(env.stat().st_mode) == 0o600
+    monkeypatch.delenv("SECRET_KEY")
+    settings = Settings(_env_file=env, environment="production")
+    assert len(settings.secret_key.get_secret_value()) == 64
+    assert len(settings.db_password.get_secret_value()) == 64
 
 
 def test_the_server_and_mysql_know_each_other() -> None:

@@ -29,6 +29,12 @@ def test_the_unit_gives_a_stop_more_time_than_it_takes() -> None:
     assert int(seconds) > Settings.model_fields["shutdown_seconds"].default * 1.5
 
 
+def test_commands_by_hand_name_the_python_that_systemd_can_find() -> None:
+    page = (ROOT / "docs/operations.md").read_text(encoding="utf-8")
+    [command] = re.findall(r"`systemd-run (.+?) -m app check`", page)
+    assert command.split()[-1] == PYTHON
+
+
 @pytest.mark.deployment
 def test_systemd_understands_the_unit_and_finds_little_exposed(tmp_path: Path) -> None:
     require_tools(["systemd-analyze"], "systemd")

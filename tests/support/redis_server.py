@@ -58,6 +58,11 @@ class RedisServer:
             self._process.wait(PATIENCE)
             self._process = None
 
+    def require_password(self, password: str) -> None:
+        """Let in only who says this from now on."""
+        with Redis(port=self.port) as client:
+            client.config_set("requirepass", password)
+
     def flush(self) -> None:
         """Make it forget everything."""
         with Redis(port=self.port) as client:

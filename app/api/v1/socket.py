@@ -55,6 +55,8 @@ PENDING_MAX = 128
 REFUSED_FRAMES_MAX = 1000
 """A client that goes on so long above its limit is not listening to the answers."""
 EARLY_FRAMES_MAX = 64
+SHOWN_NAME_CHARS = 64
+"""So much of the name of an unknown field is repeated."""
 
 
 @router.get(
@@ -379,18 +381,28 @@ def _client_id_of(command: AnyCommand) -> str | None:
 
 
 def _bad_frame(error: ValidationError) -> BadInput:
-    """What is wrong with a frame, in one sentence that repeats nothing of it."""
+    """What is wrong with a frame, in one sentence that repeats nothing of it but the name of a field."""
     first = error.errors(include_input=False, include_url=False, include_context=False)[0]
     match first["type"]:
         case "json_invalid":
             return BadInput("invalid_json", "The frame is not valid JSON.")
         case "union_tag_invalid" | "union_tag_not_found":
             return BadInput("unknown_type", "The frame's `type` is missing or not a command.")
+        case "extra_forbidden":
+            return BadInput("invalid_frame", f"{_shown(str(first['loc'][-1]))}: unknown field")
         case _:
-            # The first part of the location is the command itself, the second its field; what is deeper, and the
-            # name of an unknown field, are the client's own words.
-            place = ".".join(map(str, first["loc"][1:2])) if first["type"] != "extra_forbidden" else ""
+            # The first part of the location is the command itself, the second its field; what is deeper are the
+            # client's own words.
+            place = ".".join(map(str, first["loc"][1:2]))
             return BadInput("invalid_frame", f"{place}: {first['msg']}" if place else first["msg"])
+
+
+def _shown(name: str) -> str:
+    """A name that the client made up: it may be a novel, or turn the text around it upside down."""
+    escaped = "".join(
+        one if one.isprintable() else one.encode("unicode_escape").decode() for one in name[:SHOWN_NAME_CHARS]
+    )
+    return escaped[:SHOWN_NAME_CHARS]
 
 
 def _names_of(data: bytes) -> tuple[str | None, str | None]:
