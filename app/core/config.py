@@ -159,6 +159,9 @@ class Settings(BaseSettings):
     request_head_seconds: float = Field(
         10, gt=0, description="A connection that has not sent the head of its request, or its handshake, is closed."
     )
+    request_body_seconds: float = Field(
+        20, gt=0, description="A body, uploads aside, that is not complete by then is answered 408 `body_too_slow`."
+    )
     socket_max_unsent_bytes: int = Field(1024 * 1024, ge=64 * 1024, description="A slower reader is closed (4408).")
     socket_heartbeat_seconds: float = Field(25, gt=0, description="Between heartbeats to a client.")
     socket_timeout_seconds: float = Field(20, gt=0, description="A peer that leaves a ping unanswered is dead.")

@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import resource
 import socket
 import sys
 import time
+from collections.abc import Iterator
 
 import pytest
 
 from app.core.config import Settings
 from tests.conftest import StartServer
+from tests.support.metrics import value
 from tests.support.people import Person, people
-from tests.support.servers import Server
+from tests.support.servers import Door, Server
 from tests.support.watch import MB, memory, watched
 from tests.support.wire import CLOSE, PING, PONG, TEXT, Client, frame
 
@@ -27,6 +30,8 @@ CONNECTIONS = int(os.environ.get("DIALECT_FLOOD_CONNECTIONS", "200"))
 SECONDS = float(os.environ.get("DIALECT_FLOOD_SECONDS", "3"))
 PATH = "/api/v1/messages/ws"
 LIMIT = 1000
+DOORS: list[Door] = ["tuned", "plain"]
+CUT = "dialect_http_connections_cut_total"
 
 FLOODS = {
     "pings": (b"", frame(PING)),
@@ -166,6 +171,58 @@ def test_a_handshake_by_http_1_0_is_refused(server: Server) -> None:
     with socket.create_connection(("127.0.0.1", port_of(server)), 10) as connection:
         connection.sendall(HALF.replace(b"1.1", b"1.0") + b"\r\n")
         assert connection.recv(65536).startswith(b"HTTP/1.1 400 ")
+
+
+# --- bodies that do not come --------------------------------------------------------------------------------------
+
+POST = "POST /api/v1/auth/register HTTP/1.1\r\nHost: x\r\nContent-Type: {type}\r\nContent-Length: 1000\r\n\r\n"
+FORM = "application/x-www-form-urlencoded"
+
+
+@contextlib.contextmanager
+def said(server: Server, text: str | bytes, patience: float = 20.0) -> Iterator[socket.socket]:
+    """A connection on which this was sent."""
+    with socket.create_connection(("127.0.0.1", port_of(server)), patience) as connection:
+        connection.sendall(text if isinstance(text, bytes) else text.encode())
+        yield connection
+
+
+def until_closed(connection: socket.socket) -> bytes:
+    """All that comes until the server hangs up; a byte a moment is sent meanwhile, which must not help."""
+    got = b""
+    connection.settimeout(0.2)
+    give_up_at = time.monotonic() + 20
+    while time.monotonic() < give_up_at:
+        try:
+            connection.sendall(b"1")
+            data = connection.recv(65536)
+        except TimeoutError:
+            continue
+        except ConnectionError:
+            return got
+        if not data:
+            return got
+        got += data
+    raise AssertionError(f"20 s passed, and the connection is still open: {got!r}")
+
+
+@pytest.mark.settings(request_body_seconds=1.0)
+@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize("kind", ["application/json", FORM])
+async def test_a_body_that_does_not_come_in_time_is_answered_408_and_hung_up_on(
+    settings: Settings, start_server: StartServer, door: Door, kind: str
+) -> None:
+    server = start_server(settings, door)
+    path = "register" if "json" in kind else "token"
+    with said(server, POST.replace("register", path).format(type=kind)) as connection:
+        answer = await asyncio.to_thread(until_closed, connection)
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 408 ")
+    assert b"\r\nconnection: close" in head.lower()
+    assert json.loads(body)["code"] == "body_too_slow"
+    async with server.client() as client:
+        assert value((await client.get("/metrics")).text, CUT, reason="body") == 1
+        await people(client, 1)  # a body in time is one as ever
 
 
 @pytest.mark.timeout(120 + 3 * SECONDS)

@@ -156,6 +156,8 @@ def test_an_operation_tells_of_the_errors_that_follow_from_what_it_takes(path: s
     takes_input = bool(operation.get("parameters")) or "requestBody" in operation
     assert ("invalid_request" in _codes(operation, "422")) == takes_input
     assert ("body_too_large" in _codes(operation, "413")) == ("requestBody" in operation)
+    is_upload = "multipart/form-data" in operation.get("requestBody", {}).get("content", ())
+    assert ("body_too_slow" in _codes(operation, "408")) == ("requestBody" in operation and not is_upload)
 
 
 @every_operation
