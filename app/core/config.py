@@ -51,7 +51,7 @@ class Settings(BaseSettings):
         1, ge=1, le=MAX_WORKERS, description="Processes of `python -m app`; several need REDIS_URL and MySQL."
     )
     worker_timeout_seconds: float = Field(
-        30, ge=1, description="A worker that does not answer its parent for so long is replaced."
+        30, ge=1, description="A worker whose event loop does not answer its parent for so long is replaced."
     )
 
     # Tokens
