@@ -15,6 +15,7 @@ from app import __version__
 from app.api import docs_pages, examples, metrics, problems, webhooks
 from app.api.graceful_stop import graceful_stop
 from app.api.middleware import middleware
+from app.api.socket_door import ADMISSION
 from app.api.v1 import (
     auth,
     avatars,
@@ -104,13 +105,13 @@ def build_routes(app: FastAPI) -> None:
 
 
 @contextlib.asynccontextmanager
-async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+async def lifespan(app: FastAPI) -> AsyncIterator[dict[str, object]]:
     """Start the parts before the first request, drain them at the signal to stop, stop them after the last."""
     services: Services = app.state.services
     try:
         await services.start()
         with graceful_stop(services.drain):
-            yield
+            yield {ADMISSION: services.admission}
     finally:
         await services.stop()
 

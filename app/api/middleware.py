@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import re
 import secrets
 from collections.abc import Iterable
@@ -24,7 +25,7 @@ from app.api.socket_door import SocketDoor
 from app.core import metrics
 from app.core.clock import Clock
 from app.core.config import Settings
-from app.core.errors import BadInput, DialectError, NotFound, StartupError, TooLarge, file_too_large
+from app.core.errors import BadInput, DialectError, NotFound, StartupError, TooLarge, TooSlow, file_too_large
 from app.core.logging import request_id
 from app.services.admission import Admission
 
@@ -223,7 +224,7 @@ LINGER_IDLE_SECONDS = 2.0
 
 
 class BodyGuard:
-    """Stops bodies above the limit as they stream in, and JSON that later rooms could not store or answer.
+    """Stops bodies above the limit as they stream in, those that do not come, and JSON that no later room could store.
 
     Who is refused in the middle of an upload may still be sending: closing on them would reset the connection, and
     most clients would never see the answer. So the rest is read for a while, and thrown away.
@@ -231,6 +232,7 @@ class BodyGuard:
 
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
         self.app = app
+        self.seconds = settings.request_body_seconds
         self.max_bytes = settings.max_body_bytes
         self.max_upload_bytes = settings.max_upload_bytes
         self.max_avatar_bytes = settings.max_avatar_bytes
@@ -251,7 +253,9 @@ class BodyGuard:
         is_json = "json" in headers.get("content-type", "").lower()
         max_bytes, too_large = self._limit(scope["path"])
         is_long = "transfer-encoding" in headers or (declared.isdecimal() and int(declared) > LINGER_BYTES)
-        seen, ended = 0, not (is_long and UPLOAD_PATH.fullmatch(scope["path"]))
+        is_upload = UPLOAD_PATH.fullmatch(scope["path"]) is not None  # its reader has an eye on the pace
+        seen, ended, late = 0, False, False
+        complete_at = math.inf if is_upload else asyncio.get_running_loop().time() + self.seconds
         chunks: list[bytes] = []
 
         async def take() -> Message:
@@ -259,6 +263,20 @@ class BodyGuard:
             message = await receive()
             ended = ended or message["type"] != "http.request" or not message.get("more_body", False)
             return message
+
+        async def take_in_time() -> Message:
+            nonlocal late
+            if ended or is_upload:
+                return await take()
+            try:
+                async with asyncio.timeout_at(complete_at):
+                    return await take()
+            except TimeoutError:
+                late = True
+                metrics.http_cut.labels("body").inc()
+                raise _refused(
+                    TooSlow("body_too_slow", f"The body did not come within {self.seconds:g} seconds.")
+                ) from None
 
         async def linger() -> None:
             with contextlib.suppress(TimeoutError):
@@ -268,9 +286,10 @@ class BodyGuard:
                             await take()
 
         async def answer(message: Message) -> None:
-            if not ended and message["type"] == "http.response.start":
+            lingers = is_upload and is_long and not ended
+            if (lingers or late) and message["type"] == "http.response.start":
                 MutableHeaders(scope=message)["Connection"] = "close"
-            elif not ended and not message.get("more_body", False):
+            elif lingers and not message.get("more_body", False):
                 await send({**message, "more_body": True})
                 await linger()
                 message = {"type": "http.response.body"}
@@ -280,7 +299,7 @@ class BodyGuard:
             nonlocal seen
             if declared.isdecimal() and int(declared) > max_bytes:
                 raise _refused(too_large)
-            message = await take()
+            message = await take_in_time()
             if message["type"] == "http.request":
                 chunk = message.get("body", b"")
                 seen += len(chunk)

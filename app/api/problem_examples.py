@@ -21,6 +21,7 @@ PROBLEM_EXAMPLES = {
     ),
     "bad_request": ProblemExample(400, "The body cannot be read."),
     "body_too_large": ProblemExample(413, "A body may have 1048576 bytes."),
+    "body_too_slow": ProblemExample(408, "The body did not come within 20 seconds."),
     "busy": ProblemExample(503, "Somebody else is changing the same thing; try again."),
     "cannot_block_self": ProblemExample(409, "You cannot block yourself."),
     "chat_not_found": ProblemExample(404, "There is no such chat."),

@@ -201,6 +201,8 @@ def _implied(operation: dict[str, Any], method: str, *, takes_input: bool) -> It
         yield "invalid_request"
     if body:
         yield "body_too_large"
+    if body and "multipart/form-data" not in body:  # uploads have bounds of their own
+        yield "body_too_slow"
     if JSON in body:
         yield from ("invalid_json", "unsupported_media_type")
     if FORM in body:

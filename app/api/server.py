@@ -12,7 +12,7 @@ import threading
 import uvicorn
 from starlette.applications import Starlette
 
-from app.api.http_protocol import DialectHttpProtocol
+from app.api.http_protocol import DialectHttpProtocol, Patience
 from app.api.websocket_protocol import DialectWebSocketProtocol
 from app.core.config import Settings
 
@@ -40,13 +40,18 @@ def _follow(parent: multiprocessing.process.BaseProcess) -> None:
 
 def server_config(app: Starlette | str, settings: Settings, host: str, port: int, workers: int = 1) -> TunedConfig:
     """The server of `python -m app`, around any application; several workers import it by its name."""
+    patience = Patience(
+        head_seconds=settings.request_head_seconds,
+        body_seconds=settings.request_body_seconds,
+        reading_seconds=settings.response_idle_seconds,
+    )
     return TunedConfig(
         app,
         host=host,
         port=port,
         workers=workers,
         loop="auto",  # uvloop where it is installed
-        http=functools.partial(DialectHttpProtocol, head_seconds=settings.request_head_seconds),  # type: ignore[arg-type]
+        http=functools.partial(DialectHttpProtocol, patience=patience),  # type: ignore[arg-type]
         ws=DialectWebSocketProtocol,
         ws_max_size=settings.socket_max_frame_bytes,
         ws_per_message_deflate=False,  # memory per socket, and bombs, for messages too short to shrink

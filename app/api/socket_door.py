@@ -8,6 +8,8 @@ from app.api.problems import error_response
 from app.core.errors import DialectError
 from app.services.admission import Admission
 
+ADMISSION = "admission"
+"""Under this name the lifespan hands the server's protocol classes the `Admission`: they see connections first."""
 PLACE = "dialect.place"
 """Where the scope of a socket holds its `Place`."""
 

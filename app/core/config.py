@@ -53,7 +53,7 @@ class Settings(BaseSettings):
         1, ge=1, le=MAX_WORKERS, description="Processes of `python -m app`; several need REDIS_URL and MySQL."
     )
     worker_timeout_seconds: float = Field(
-        30, ge=1, description="A worker that does not answer its parent for so long is replaced."
+        30, ge=1, description="A worker whose event loop does not answer its parent for so long is replaced."
     )
 
     # Tokens
@@ -162,6 +162,21 @@ class Settings(BaseSettings):
     socket_max_frame_bytes: int = Field(64 * 1024, ge=1024, description="Largest frame from a client.")
     request_head_seconds: float = Field(
         10, gt=0, description="A connection that has not sent the head of its request, or its handshake, is closed."
+    )
+    request_body_seconds: float = Field(
+        20, gt=0, description="A body, uploads aside, that is not complete by then is answered 408 `body_too_slow`."
+    )
+    response_idle_seconds: float = Field(
+        60, gt=0, description="A client that takes nothing of its answer for so long is cut off; how slowly is its own."
+    )
+    max_http_connections: int = Field(
+        0,
+        ge=0,
+        description="Connections of one process that are no sockets; 0: a quarter of the files that it may open, "
+        "10,000 at most. Beyond, the one whose client is waited for longest makes room.",
+    )
+    max_http_connections_per_ip: int = Field(
+        500, ge=0, description="Such connections from one address (of IPv6: from one /64), proxies aside; 0: no bound."
     )
     socket_max_unsent_bytes: int = Field(1024 * 1024, ge=64 * 1024, description="A slower reader is closed (4408).")
     socket_heartbeat_seconds: float = Field(25, gt=0, description="Between heartbeats to a client.")

@@ -5,6 +5,7 @@ DialectError
 ├── Unauthenticated   401  no proof of who is calling, or a stale one
 ├── Forbidden         403  the caller is known and may not do this
 ├── NotFound          404  it does not exist, or it is not the caller's: the two look the same
+├── TooSlow           408  what the client wanted to send did not come in time
 ├── Conflict          409  it clashes with what exists
 ├── TooLarge          413  a body or frame above its limit
 ├── TooManyRequests   429  a rate limit; carries `retry_after`
@@ -62,6 +63,12 @@ class Forbidden(DialectError):
 class NotFound(DialectError):
     status = 404
     title = "Not found"
+
+
+class TooSlow(DialectError):
+    status = 408
+    title = "Too slow"
+    retryable = True
 
 
 class Conflict(DialectError):

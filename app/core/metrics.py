@@ -194,6 +194,14 @@ http_seconds = _histogram(
     "route",
     buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0),
 )
+http_cut = _counter(
+    "dialect_http_connections_cut_total",
+    "HTTP connections cut, by what their client did not do in time (`head`, `body`, `reading`), or to make room for "
+    "another (`crowded`).",
+    "reason",
+)
+http_refused = _counter("dialect_http_connections_refused_total", "Connections refused when they came.", "code")
+http_connections = _gauge("dialect_http_connections_open", "Open connections that are no sockets.")
 uploads = _counter("dialect_uploads_total", "Files taken in.", "kind")
 upload_bytes = _tally("dialect_upload_bytes_total", "Bytes of files that came in, whatever became of them.")
 rate_limited = _counter("dialect_rate_limited_total", "Requests and commands refused by a limit.", "limit")

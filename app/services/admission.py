@@ -1,4 +1,4 @@
-"""Who may come in when too many want to: sockets at the door, and reads that can wait so that sends need not.
+"""Who may come in when too many want to: connections, sockets, and reads that can wait so that sends need not.
 
 A refusal is cheap and says when to come back: those who are turned away together are told different times.
 """
@@ -25,6 +25,8 @@ log = logging.getLogger(__name__)
 RETURN_SECONDS_MAX = 30.0
 """Nobody is sent away for longer."""
 ADDRESSES_MAX = 50_000
+CONNECTIONS_MAX = 10_000
+"""Where a process may open files without end: each connection costs some ten thousand bytes, too."""
 LAG_TICK_SECONDS = 0.1
 DOOR_LAG = 4.0
 """The door stays open until the loop lags so many times as much as sheds reads."""
@@ -68,40 +70,71 @@ class Lane:
         return Unavailable("overloaded", "The server has too much to do; try again.", retry_after=wait)
 
 
+class Crowd:
+    """How many are in, altogether and from each address."""
+
+    def __init__(self) -> None:
+        self.size = 0
+        self._of_address: dict[str, int] = {}
+
+    def enter(self, address: str) -> Place:
+        """A place for one more; empty is no address."""
+        self.size += 1
+        if address:
+            self._of_address[address] = self._of_address.get(address, 0) + 1
+        return Place(self, address)
+
+    def of(self, address: str) -> int:
+        """How many of them have this address."""
+        return self._of_address.get(address, 0)
+
+    def _leave(self, address: str) -> None:
+        self.size -= 1
+        if address:
+            left = self._of_address[address] - 1
+            if left:
+                self._of_address[address] = left
+            else:
+                del self._of_address[address]
+
+
 class Place:
-    """One socket's place among those that are open, from before its handshake until it is gone."""
+    """One's place among those that are in: a socket's from before its handshake until it is gone."""
 
-    __slots__ = ("_address", "_admission", "kept")
+    __slots__ = ("_address", "_crowd", "kept")
 
-    def __init__(self, admission: Admission, address: str) -> None:
-        self._admission: Admission | None = admission
+    def __init__(self, crowd: Crowd, address: str) -> None:
+        self._crowd: Crowd | None = crowd
         self._address = address
         self.kept = False
         """Whether somebody has taken it upon them to `leave`."""
 
     def leave(self) -> None:
         """Give it back; does nothing the second time."""
-        admission, self._admission = self._admission, None
-        if admission is not None:
-            admission._leave(self._address)
+        crowd, self._crowd = self._crowd, None
+        if crowd is not None:
+            crowd._leave(self._address)
 
 
 class Admission:
-    """The door for sockets and the lane for reads that can wait."""
+    """The gate for connections, the door for sockets, and the lane for reads that can wait."""
 
     def __init__(self, settings: Settings, clock: Clock, *, readers: int) -> None:
         """`readers`: the connections of the database that all reads share."""
         self._settings = settings
         self._clock = clock
-        self.max_sockets = settings.max_sockets or _open_files() * 9 // 10
-        self._open = 0
-        self._of_address: dict[str, int] = {}
+        files = _open_files()
+        self.max_sockets = settings.max_sockets or files * 9 // 10
+        self.max_connections = settings.max_http_connections or min(files // 4, CONNECTIONS_MAX)
+        self._max_together = files * 19 // 20  # the rest is for the database and what is open beside
+        self._sockets = Crowd()
+        self._connections = Crowd()
         self._bucket = self._new_bucket(settings.limit_connects_per_second, settings.limit_connects_burst)
         self._buckets: OrderedDict[str, TokenBucket] = OrderedDict()
         self._turned_away = 0.0
         """People told to come back who are not due yet, if they come at the pace of the limit."""
         self._counted_at = clock.monotonic()
-        self._warned_at = -WARNING_SECONDS
+        self._warned_at: dict[str, float] = {}
         self._lag = 0.0
         self._due = float("inf")
         self._ticker: asyncio.Task[None] | None = None
@@ -145,12 +178,44 @@ class Admission:
             return 0.0
         return max(self._lag, asyncio.get_running_loop().time() - self._due)
 
+    # --- the gate ---
+
+    @property
+    def open_connections(self) -> int:
+        """Connections that are no sockets, or not yet."""
+        return self._connections.size
+
+    def connect(self, ip: str, make_room: Callable[[], bool]) -> Place:
+        """A place for one more connection, from an address that is one client's or from an unknown one (empty).
+
+        `make_room` lets another one leave, if it can. Raises TooManyRequests for what the address has too much of,
+        Unavailable for what the server has.
+        """
+        address = address_key(ip) if ip else ""
+        limit = self._settings.max_http_connections_per_ip
+        if address and 0 < limit <= self._connections.of(address):
+            self._warn(
+                "too_many_connections_from_one_address", address=address, hint=_HINT + "_HTTP_CONNECTIONS_PER_IP"
+            )
+            raise TooManyRequests(
+                "too_many_connections", f"One address may have {limit} connections open.", retry_after=_a_while()
+            )
+        if self._is_full():
+            self._warn("too_many_connections", open=self._connections.size, sockets=self._sockets.size)
+            if not make_room() or self._is_full():
+                raise Unavailable("overloaded", "Too many connections are open; try again.", retry_after=_a_while())
+        return self._connections.enter(address)
+
+    def _is_full(self) -> bool:
+        connections = self._connections.size
+        return connections >= self.max_connections or connections + self._sockets.size >= self._max_together
+
     # --- the door ---
 
     @property
     def open_sockets(self) -> int:
         """Places taken."""
-        return self._open
+        return self._sockets.size
 
     def enter(self, ip: str) -> Place:
         """A place for one more socket from an address.
@@ -162,34 +227,22 @@ class Admission:
         if address:
             if (wait := self._wait_of_address(address)) > 0:
                 raise TooManyRequests("rate_limited", "Too many sockets at once.", retry_after=wait + random.random())
-            if 0 < settings.max_sockets_per_ip <= self._of_address.get(address, 0):
-                self._warn(address)
+            if 0 < settings.max_sockets_per_ip <= self._sockets.of(address):
+                self._warn("too_many_sockets_from_one_address", address=address, hint=_HINT + "_SOCKETS_PER_IP")
                 raise TooManyRequests(
                     "too_many_sockets",
                     f"One address may have {settings.max_sockets_per_ip} sockets open.",
-                    retry_after=random.uniform(RETURN_SECONDS_MAX / 3, RETURN_SECONDS_MAX),
+                    retry_after=_a_while(),
                 )
-        if self._open >= self.max_sockets:
-            raise _overloaded(random.uniform(RETURN_SECONDS_MAX / 3, RETURN_SECONDS_MAX))
+        if self._sockets.size >= self.max_sockets:
+            raise _overloaded(_a_while())
         if self.lag > settings.max_loop_lag_seconds * DOOR_LAG or (self._bucket is not None and self._bucket.take()):
             raise _overloaded(self._time_to_return())
-        self._open += 1
-        if address:
-            self._of_address[address] = self._of_address.get(address, 0) + 1
-        return Place(self, address)
+        return self._sockets.enter(address)
 
     def return_in(self, count: int) -> float:
         """When one of `count` whose sockets are closed together shall come back, in seconds: chance decides."""
         return 1.0 + random.uniform(0.0, min(count / self._pace, RETURN_SECONDS_MAX - 1.0))
-
-    def _leave(self, address: str) -> None:
-        self._open -= 1
-        if address:
-            left = self._of_address[address] - 1
-            if left:
-                self._of_address[address] = left
-            else:
-                del self._of_address[address]
 
     @property
     def _pace(self) -> float:
@@ -219,12 +272,18 @@ class Admission:
     def _new_bucket(self, rate: float, burst: int) -> TokenBucket | None:
         return TokenBucket(rate, burst, self._clock) if rate else None
 
-    def _warn(self, address: str) -> None:
+    def _warn(self, event: str, **fields: str | int) -> None:
         now = self._clock.monotonic()
-        if now - self._warned_at >= WARNING_SECONDS:
-            self._warned_at = now
-            hint = "if this is a proxy of yours, name it in FORWARDED_ALLOW_IPS; else see MAX_SOCKETS_PER_IP"
-            log.warning("too_many_sockets_from_one_address", extra={"address": address, "hint": hint})
+        if now - self._warned_at.get(event, -WARNING_SECONDS) >= WARNING_SECONDS:
+            self._warned_at[event] = now
+            log.warning(event, extra=fields)
+
+
+_HINT = "if this is a proxy of yours, name it in FORWARDED_ALLOW_IPS; else see MAX"
+
+
+def _a_while() -> float:
+    return random.uniform(RETURN_SECONDS_MAX / 3, RETURN_SECONDS_MAX)
 
 
 def _overloaded(wait: float) -> Unavailable:

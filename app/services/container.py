@@ -299,6 +299,7 @@ def build_services(settings: Settings, clock: Clock | None = None) -> Services:
             hasher=hasher,
             notifications=notifications,
             cluster=cluster,
+            admission=admission,
         ),
         health=health,
     )

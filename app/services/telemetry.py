@@ -13,6 +13,7 @@ from app.core import metrics, process
 from app.core.security import PasswordHasher
 from app.core.tasks import supervise
 from app.db.database import Database
+from app.services.admission import Admission
 from app.services.chat_log.writer import Writer
 from app.services.cluster import Cluster
 from app.services.connection_manager import ConnectionManager
@@ -35,6 +36,7 @@ class Telemetry:
         hasher: PasswordHasher,
         notifications: NotificationService,
         cluster: Cluster,
+        admission: Admission,
     ) -> None:
         self._database = database
         self._connections = connections
@@ -42,6 +44,7 @@ class Telemetry:
         self._hasher = hasher
         self._notifications = notifications
         self._cluster = cluster
+        self._admission = admission
         self._task: asyncio.Task[None] | None = None
         self._cpu = 0.0
         self._share_at = 0.0
@@ -81,6 +84,7 @@ class Telemetry:
         """Let the metrics show how things are now."""
         metrics.move_tallies()
         metrics.sockets_open.set(self._connections.count)
+        metrics.http_connections.set(self._admission.open_connections)
         metrics.users_online.set(len(self._connections.users))
         metrics.writer_queue.set(self._writer.waiting)
         metrics.argon2_queue.set(self._hasher.waiting)

@@ -44,6 +44,7 @@ VALUES: dict[str, Callable[[str], object]] = {
     "method": lambda text: text in metrics.METHODS | {"other"},
     "outcome": lambda text: text in ("sent", "dead", "retry", "refused", "given_up"),
     "pool": lambda text: text in ("read", "write"),
+    "reason": lambda text: text in ("head", "body", "reading", "crowded"),
     "route": ROUTES.fullmatch,
     "status": lambda text: re.fullmatch("[1-5]xx", text),
     "task": lambda text: re.fullmatch("[a-z-]+", text),

@@ -157,6 +157,8 @@ def test_an_operation_tells_of_the_errors_that_follow_from_what_it_takes(path: s
     assert ("body_too_large" in _codes(operation, "413")) == ("requestBody" in operation)
     kinds = set(operation.get("requestBody", {}).get("content", {}))
     assert ("unsupported_media_type" in _codes(operation, "415")) == bool(kinds - {"multipart/form-data"})
+    is_upload = "multipart/form-data" in operation.get("requestBody", {}).get("content", ())
+    assert ("body_too_slow" in _codes(operation, "408")) == ("requestBody" in operation and not is_upload)
 
 
 @every_operation

@@ -50,6 +50,34 @@ def test_an_address_has_so_many_sockets_and_no_more() -> None:
     assert admission.open_sockets == 2
 
 
+def test_a_connection_too_many_gets_the_place_of_another_or_is_refused() -> None:
+    admission = door(max_http_connections=2, max_sockets_per_ip=0)
+    places = [admission.connect("", lambda: False) for _ in range(2)]
+    with pytest.raises(Unavailable) as refused:
+        admission.connect("192.0.2.1", lambda: False)
+    assert (refused.value.code, admission.open_connections) == ("overloaded", 2)
+
+    def make_room() -> bool:
+        places.pop().leave()
+        return True
+
+    admission.connect("192.0.2.1", make_room)
+    assert admission.open_connections == 2
+
+
+def test_connections_and_sockets_together_leave_some_files_for_what_else_is_open(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (100, 100))
+    admission = door(limit_connects_per_ip_per_second=0)
+    for _ in range(90):
+        admission.enter("192.0.2.1")
+    for _ in range(5):
+        admission.connect("192.0.2.1", lambda: False)
+    with pytest.raises(Unavailable):
+        admission.connect("192.0.2.1", lambda: False)
+
+
 def test_a_customer_of_ipv6_is_one_address() -> None:
     admission = door(max_sockets_per_ip=1)
     admission.enter("2001:db8:0:7::1")
