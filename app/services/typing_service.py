@@ -23,7 +23,7 @@ class TypingService:
 
     async def type(self, user_id: int, chat_id: int, *, active: bool) -> None:
         """Tell the others of a chat. Raises NotFound for whoever is no member; a block lets nothing through."""
-        roster = await self._find_roster(chat_id)
+        roster = await fetch_roster(self._database, self._rosters, chat_id)
         if roster is None or user_id not in roster.members:
             raise chat_not_found()
         if not roster.blockers:
@@ -36,16 +36,9 @@ class TypingService:
         Raises Unavailable.
         """
         if chat_id in self._connections.channels:
-            roster = await self._find_roster(chat_id)
+            roster = await fetch_roster(self._database, self._rosters, chat_id)
             if roster is not None and user_id in roster.members and not roster.blockers:
                 self._deliver(roster, user_id, active=active)
-
-    async def _find_roster(self, chat_id: int) -> Roster | None:
-        roster = self._rosters.get(chat_id)
-        if roster is None:
-            async with self._database.reading() as session:
-                roster = await fetch_roster(session, self._rosters, chat_id)
-        return roster
 
     def _deliver(self, roster: Roster, user_id: int, *, active: bool) -> None:
         channel = self._connections.channels.get(roster.chat_id)
