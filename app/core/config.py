@@ -213,6 +213,13 @@ class Settings(BaseSettings):
     )
     limit_messages_per_second: float = Field(20, ge=0, description="Messages a second from one account.")
     limit_messages_burst: int = Field(100, ge=1, description="Messages an account may send at once.")
+    limit_typing_repeat_seconds: float = Field(
+        2, ge=0, description="The same of one account's typing in a chat is passed on once in so long."
+    )
+    limit_typing_per_second: float = Field(
+        2, ge=0, description="What one account's typing tells a second, repetitions aside."
+    )
+    limit_typing_burst: int = Field(20, ge=1, description="What an account's typing may tell at once.")
 
     @field_validator("allowed_origins", mode="before")
     @classmethod

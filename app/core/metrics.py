@@ -134,6 +134,7 @@ changes_expired = _counter(
 
 announcements = _tally("dialect_announcements_total", "Committed changes of chats let out to sockets of this server.")
 deliveries = _tally("dialect_deliveries_total", "Announcements times the sockets that each was for.")
+typing_repeats = _tally("dialect_typing_repeats_total", "Typing that was told just before, and not passed on again.")
 holes_healed = _counter(
     "dialect_holes_healed_total",
     "Changes that were let out late, read from the database, for their announcement was lost.",

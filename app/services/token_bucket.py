@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 from app.core.clock import Clock
 
 
@@ -26,3 +28,29 @@ class TokenBucket:
             self._tokens -= 1
             return 0.0
         return (1 - self._tokens) / self._rate
+
+
+class TokenBuckets:
+    """A bucket for each account. Those of the accounts silent for longest make room."""
+
+    def __init__(self, rate: float, burst: int, clock: Clock, *, most: int = 100_000) -> None:
+        """`rate` 0: no limit."""
+        self._rate = rate
+        self._burst = burst
+        self._clock = clock
+        self._most = most
+        self._buckets: OrderedDict[int, TokenBucket] = OrderedDict()
+
+    def take(self, user_id: int) -> float:
+        """Take one permit of an account. Returns 0, or the seconds until its next one when there is none."""
+        return self._bucket(user_id).take() if self._rate else 0.0
+
+    def _bucket(self, user_id: int) -> TokenBucket:
+        bucket = self._buckets.get(user_id)
+        if bucket is None:
+            bucket = self._buckets[user_id] = TokenBucket(self._rate, self._burst, self._clock)
+            if len(self._buckets) > self._most:
+                self._buckets.popitem(last=False)
+        else:
+            self._buckets.move_to_end(user_id)
+        return bucket
