@@ -151,6 +151,10 @@ bus_sent = _tally("dialect_bus_messages_sent_total", "Messages to other workers.
 bus_received = _tally("dialect_bus_messages_received_total", "Messages of other workers.")
 bus_lost = _counter("dialect_bus_messages_lost_total", "Messages of other workers that never came here.")
 bus_dropped = _counter("dialect_bus_items_dropped_total", "Items given up because Redis was away or slow.")
+presence_rechecks = _counter(
+    "dialect_presence_rechecks_total",
+    "Times that the database was asked who may watch whom, after the bus lost something.",
+)
 
 # --- catching up ---
 

@@ -140,6 +140,7 @@ class Services:
         """What was learned from other workers may be outdated: ask the database again."""
         self.auth.forget_sessions()
         self.rosters.clear()
+        self.presence.recheck()
         self.cool_usernames()
 
     def cool_usernames(self) -> None:
