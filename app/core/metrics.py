@@ -162,6 +162,7 @@ resumes = _counter("dialect_resumes_total", "Clients that asked for what they mi
 catch_up_chats = _counter("dialect_catch_up_chats_total", "Chats brought up to date for a client.")
 catch_up_resets = _counter("dialect_catch_up_resets_total", "Chats that a client had to start afresh.")
 catch_up_pages = _counter("dialect_catch_up_pages_total", "Pages of missed changes sent to clients.")
+catch_up_waiting = _gauge("dialect_catch_up_waiting", "Reads of what clients missed that wait for their turn.")
 
 # --- push ---
 

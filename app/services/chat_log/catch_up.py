@@ -18,6 +18,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from app.core import metrics
 from app.core.clock import Clock
 from app.core.config import Settings
+from app.core.errors import TooManyRequests
 from app.db.database import Database
 from app.db.events import CatchUpEvent, ChatChangesEvent, ChatInfo, ResetEvent
 from app.db.repositories import accounts as accounts_repository
@@ -39,6 +40,7 @@ from app.services.chat_log.views import (
 )
 from app.services.coalescer import Coalescer
 from app.services.connection_manager import ConnectionManager, LoadedChats, OnlineUser
+from app.services.token_bucket import TokenBuckets
 from app.services.user_service import users_seen_by
 from app.services.user_settings_service import user_settings_view
 
@@ -105,6 +107,8 @@ class CatchUpService:
         self._short_gap = min(PAGE_MESSAGES, settings.resume_max_changes)
         """Who is further behind takes the long way, or starts afresh."""
         self._short: Coalescer[_Wanted, list[CatchUpEvent]] = Coalescer(self._read_short, most=SHORT_AT_ONCE)
+        self._resets = TokenBuckets(settings.limit_resets_per_minute / 60, settings.limit_resets_burst, clock)
+        """Of each account: how often it may have all its chats afresh."""
         self._shared: OrderedDict[tuple[int, int], _Missed] = OrderedDict()
         """By chat and version. After a restart all members of a chat ask for the same."""
         self.epoch = ""
@@ -113,14 +117,9 @@ class CatchUpService:
     async def chat(self, user_id: int, chat_id: int, since: int | None) -> AsyncIterator[CatchUpEvent]:
         """Everything of one chat after `since`, or the chat afresh; ends with `synced` or `chat_removed`."""
         reset: ResetEvent | None = None
-        async with self._database.bulk_reads, self._database.reading() as session:
+        async with self._database.bulk_reads.of(user_id), self._database.reading() as session:
             cursor = await chats_repository.find_cursor(session, chat_id, user_id)
-            afresh = cursor is not None and (
-                since is None
-                or since < cursor.joined_version  # left and joined again: what was missed was not theirs to see
-                or since > cursor.version
-                or cursor.version - since > self._settings.resume_max_changes
-            )
+            afresh = cursor is not None and self._starts_afresh(cursor, since)
             if cursor is not None and since is not None and not afresh:
                 members = await repository.list_changed_members(session, chat_id, after=since, limit=PAGE_MEMBERS + 1)
                 afresh = len(members) > PAGE_MEMBERS
@@ -144,6 +143,14 @@ class CatchUpService:
                     return
         metrics.catch_up_chats.inc()
         yield {"type": "synced", "chat_id": chat_id, "version": cursor.version}
+
+    def _starts_afresh(self, cursor: ChatCursor, since: int | None) -> bool:
+        return (
+            since is None
+            or since < cursor.joined_version  # left and joined again: what was missed was not theirs to see
+            or since > cursor.version
+            or cursor.version - since > self._settings.resume_max_changes
+        )
 
     async def _read_short(self, wanted: Sequence[_Wanted]) -> dict[_Wanted, list[CatchUpEvent]]:
         """Like `chat`, for many at once, of those to whom one page tells everything. The others are left out."""
@@ -260,7 +267,7 @@ class CatchUpService:
         chat_id, target = cursor.chat_id, cursor.version
         after = since
         while after < target:
-            async with self._database.bulk_reads, self._database.reading() as session:
+            async with self._database.bulk_reads.of(user_id), self._database.reading() as session:
                 member = await chats_repository.find_membership(session, chat_id, user_id)
                 visible_from = member.visible_from_seq if member else MAX_ID
                 found = await repository.list_changed_messages(
@@ -291,14 +298,20 @@ class CatchUpService:
             after = upto
 
     async def resume(self, user: OnlineUser, state: ResumeIn, ref: str | None) -> AsyncIterator[CatchUpEvent]:
-        """The answer to `resume` on a socket, whose live events are held meanwhile. Raises Unavailable."""
+        """The answer to `resume` on a socket, whose live events are held meanwhile.
+
+        Raises TooManyRequests before it begins, and Unavailable.
+        """
         metrics.resumes.labels("socket").inc()
         loaded = await self._connections.load_chats(user)
         async for event in self._resume(user.id, state, loaded, ref, tell_unchanged=True):
             yield event
 
     async def resume_page(self, user_id: int, state: ResumeIn) -> list[CatchUpEvent]:
-        """The answer to a resume over REST: as much as fits one response, ending with `resumed`."""
+        """The answer to a resume over REST: as much as fits one response, ending with `resumed`.
+
+        Raises TooManyRequests and Unavailable.
+        """
         metrics.resumes.labels("rest").inc()
         async with self._database.reading() as session:
             account_version = (await accounts_repository.account_versions(session, [user_id])).get(user_id, 0)
@@ -337,11 +350,17 @@ class CatchUpService:
         account_version, cursors = loaded
         mine = {cursor.chat_id for cursor in cursors}
         same_epoch = state.epoch is None or state.epoch == self.epoch
+        afresh = sum(
+            self._starts_afresh(cursor, known.get(cursor.chat_id) if same_epoch else None) for cursor in cursors
+        )
+        if afresh and (wait := self._resets.wait(user_id, afresh / len(cursors))):
+            metrics.rate_limited.labels("limit_resets_per_minute").inc()
+            raise TooManyRequests("rate_limited", "Everything was asked for afresh too often.", retry_after=wait)
         if state.account_version != account_version or not same_epoch:
             after = state.account_version if same_epoch and state.account_version < account_version else 0
             # Whoever holds chats, from whatever time, must hear of every mark and hidden message in them.
             holds_chats = same_epoch and bool(known)
-            async with self._database.bulk_reads, self._database.reading() as session:
+            async with self._database.bulk_reads.of(user_id), self._database.reading() as session:
                 account_events = [
                     event
                     async for event in self._account_events(
@@ -377,6 +396,9 @@ class CatchUpService:
                     yield event
                 continue
             async for event in self.chat(user_id, cursor.chat_id, since):
+                if event["type"] == "reset":
+                    # As it is read, not as it is asked for: who loses the socket half-way asks for the other half.
+                    self._resets.spend(user_id, 1 / len(cursors))
                 yield event
         yield {
             "type": "resumed",
