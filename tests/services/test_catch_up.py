@@ -10,13 +10,17 @@ from typing import Any
 
 import httpx
 import pytest
+from sqlalchemy import insert, update
 
 from app.core.clock import SystemClock
 from app.core.config import Settings
 from app.core.errors import DialectError, TooManyRequests
 from app.db.database import BulkReads
 from app.db.events import CatchUpEvent
+from app.db.models import HiddenMessage, User
+from app.db.repositories import accounts as accounts_repository
 from app.db.schemas import ResumeIn
+from app.services.chat_log.catch_up import PAGE_HIDDEN
 from app.services.container import Services
 from app.services.token_bucket import TokenBuckets
 from app.services.transport import Frames
@@ -183,3 +187,52 @@ async def test_live_events_that_came_while_a_resume_was_refused_are_sent(
     assert not connection.catching_up
     connection.deliver(1, 3, Frames.of({**event, "version": 3}))
     assert len(inbox.events) == 3
+
+
+@pytest.mark.parametrize("begins_at", ["nothing", "beyond"])
+async def test_messages_hidden_by_the_thousand_come_in_pages_over_socket_and_rest(
+    client: httpx.AsyncClient, services: Services, monkeypatch: pytest.MonkeyPatch, begins_at: str
+) -> None:
+    [ann] = await people(client, 1)
+    chat_id = await ann.group()
+    version = (await ann.do("GET", "/users/me"))["account_version"]
+    count = 2 * PAGE_HIDDEN + 7
+    async with services.database.writing() as session:
+        rows = [
+            {"user_id": ann.id, "chat_id": chat_id, "seq": n, "message_id": 10**6 + n, "account_version": version + n}
+            for n in range(1, count + 1)
+        ]
+        for start in range(0, count, 100):
+            await session.execute(insert(HiddenMessage).values(rows[start : start + 100]))
+        await session.execute(update(User).where(User.id == ann.id).values(account_version=version + count))
+    read, pages = accounts_repository.list_changed_hidden, list[int]()
+
+    async def read_and_count(*arguments: Any, **named: Any) -> list[accounts_repository.ChangedHidden]:
+        page = await read(*arguments, **named)
+        pages.append(len(page))
+        return page
+
+    monkeypatch.setattr(accounts_repository, "list_changed_hidden", read_and_count)
+    everything = [row["message_id"] for row in rows]
+    state: Json = {"account_version": 0 if begins_at == "nothing" else 10**9, "chats": {str(chat_id): 1}}
+
+    inbox = Inbox()
+    connection = services.connections.add(inbox, ann.id, 1, SystemClock().now() + timedelta(hours=1))
+    connection.ready = True
+    connection.resume(ResumeIn(**state), None, lambda error: pytest.fail(error.code))
+    await inbox.until(type="resumed")
+    assert [event["message_id"] for event in inbox.events if event["type"] == "message_hidden"] == everything
+    assert pages == [PAGE_HIDDEN, PAGE_HIDDEN, 7]
+
+    answers: list[list[Json]] = []
+    while not answers or not answers[-1][-1]["complete"]:
+        answers.append(await ann.resume(**state))
+        state["account_version"] = answers[-1][-1]["account_version"]
+        assert len(answers) <= 4
+    told = [[event["message_id"] for event in answer if event["type"] == "message_hidden"] for answer in answers]
+    assert sorted({message_id for some in told for message_id in some}) == everything
+    assert max(map(len, told)) == PAGE_HIDDEN
+    profiles = [sum(event["type"] == "profile_changed" for event in answer) for answer in answers]
+    assert profiles == [*[0] * (len(answers) - 1), 1]
+    assert state["account_version"] == version + count
+    assert max(pages) == PAGE_HIDDEN

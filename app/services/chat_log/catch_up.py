@@ -46,6 +46,7 @@ from app.services.user_settings_service import user_settings_view
 
 PAGE_MESSAGES = 100
 PAGE_MEMBERS = 200
+PAGE_HIDDEN = 500
 PAGE_BYTES = 64 * 1024
 """Of text in a page: what a slow phone reads in a few seconds."""
 SHORT_AT_ONCE = 128
@@ -319,18 +320,25 @@ class CatchUpService:
         loaded = LoadedChats(account_version, cursors)
         events: list[CatchUpEvent] = []
         weight = 0
+        told = state.account_version
+        """Everything of the account up to this version is among the events."""
         async for event in self._resume(user_id, state, loaded, None, tell_unchanged=False):
             events.append(event)
             if event["type"] in ("chat_changes", "reset"):
                 weight += 1 + len(event["messages"])
+            elif event["type"] == "message_hidden":
+                # They come in order, after all else of the account but the profile: that must be told after the last.
+                weight += 1
+                told = event["account_version"] - 1
+            elif event["type"] == "profile_changed":
+                told = event["account_version"]
             if weight >= PAGE_MESSAGES * 5 and event["type"] != "resumed":
-                # The account's own version is told only at the very end: asking again repeats its few events.
                 events.append(
                     {
                         "type": "resumed",
                         "ref": None,
                         "epoch": self.epoch,
-                        "account_version": state.account_version,
+                        "account_version": told,
                         "complete": False,
                     }
                 )
@@ -362,13 +370,20 @@ class CatchUpService:
             holds_chats = same_epoch and bool(known)
             async with self._database.bulk_reads.of(user_id), self._database.reading() as session:
                 account_events = [
-                    event
-                    async for event in self._account_events(
-                        session, user_id, after, account_version, holds_chats=holds_chats
-                    )
+                    event async for event in self._account_events(session, user_id, after, holds_chats=holds_chats)
                 ]
+                profile_version = await accounts_repository.profile_version(session, user_id)
             for event in account_events:
                 yield event
+            if holds_chats:
+                async for event in self._hidden(user_id, after):
+                    yield event
+            # Last: whoever holds its number has everything before it.
+            yield {
+                "type": "profile_changed",
+                "account_version": account_version,
+                "profile_version": profile_version,
+            }
         for chat_id in known.keys() - mine:
             yield {"type": "chat_removed", "account_version": None, "chat_id": chat_id}
         short = [
@@ -408,11 +423,28 @@ class CatchUpService:
             "complete": True,
         }
 
+    async def _hidden(self, user_id: int, after: int) -> AsyncIterator[CatchUpEvent]:
+        """Messages the user deleted for themselves after an account version, in its order. They have no bound."""
+        while True:
+            async with self._database.bulk_reads.of(user_id), self._database.reading() as session:
+                page = await accounts_repository.list_changed_hidden(session, user_id, after=after, limit=PAGE_HIDDEN)
+            for hidden in page:
+                yield {
+                    "type": "message_hidden",
+                    "account_version": hidden.account_version,
+                    "chat_id": hidden.chat_id,
+                    "message_id": hidden.message_id,
+                    "seq": hidden.seq,
+                }
+            if len(page) < PAGE_HIDDEN:
+                return
+            after = page[-1].account_version
+
     async def _account_events(
-        self, session: AsyncSession, user_id: int, after: int, account_version: int, *, holds_chats: bool
+        self, session: AsyncSession, user_id: int, after: int, *, holds_chats: bool
     ) -> AsyncIterator[CatchUpEvent]:
-        """What only this user sees and that changed after an account version. A client without chats gets them all
-        as `reset`, which tells the rest; it needs only what belongs to no chat."""
+        """What only this user sees and that changed after an account version, hidden messages and the profile aside.
+        A client without chats gets them all as `reset`, which tells the rest; it needs only what belongs to no chat."""
         for pair in await accounts_repository.list_changed_blocks(session, user_id, after=after):
             yield {
                 "type": "block_changed",
@@ -435,14 +467,6 @@ class CatchUpService:
                         "chat_id": mark.chat_id,
                         "seq": mark.read_seq,
                     }
-            for hidden in await accounts_repository.list_changed_hidden(session, user_id, after=after):
-                yield {
-                    "type": "message_hidden",
-                    "account_version": hidden.account_version,
-                    "chat_id": hidden.chat_id,
-                    "message_id": hidden.message_id,
-                    "seq": hidden.seq,
-                }
             for settings in await chat_settings_repository.list_changed_chat_settings(session, user_id, after=after):
                 yield {
                     "type": "chat_settings_changed",
@@ -464,9 +488,3 @@ class CatchUpService:
                 "account_version": own.account_version,
                 "settings": user_settings_view(own),
             }
-        profile_version = await accounts_repository.profile_version(session, user_id)
-        yield {
-            "type": "profile_changed",
-            "account_version": account_version,
-            "profile_version": profile_version,
-        }
