@@ -191,6 +191,9 @@ class Settings(BaseSettings):
         1000, ge=0, description="Open sockets from one address (of IPv6: from one /64); 0 for no bound."
     )
     max_sockets_per_user: int = Field(10, ge=1, description="Open sockets of one account; the oldest gives way.")
+    catch_up_reads_per_user: int = Field(
+        1, ge=1, description="Sockets of one account that read what they missed at the same time; the others wait."
+    )
     max_presence_subscriptions: int = Field(128, ge=0, description="People one socket may watch.")
 
     # The writer
@@ -234,6 +237,17 @@ class Settings(BaseSettings):
     )
     limit_messages_per_second: float = Field(20, ge=0, description="Messages a second from one account.")
     limit_messages_burst: int = Field(100, ge=1, description="Messages an account may send at once.")
+    limit_resets_per_minute: float = Field(
+        5, ge=0, description="Times a minute that one account is brought all its chats afresh; a part counts as such."
+    )
+    limit_resets_burst: int = Field(20, ge=1, description="Times at once.")
+    limit_typing_repeat_seconds: float = Field(
+        2, ge=0, description="The same of one account's typing in a chat is passed on once in so long."
+    )
+    limit_typing_per_second: float = Field(
+        2, ge=0, description="What one account's typing tells a second, repetitions aside."
+    )
+    limit_typing_burst: int = Field(20, ge=1, description="What an account's typing may tell at once.")
 
     @field_validator("allowed_origins", mode="before")
     @classmethod

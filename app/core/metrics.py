@@ -138,6 +138,7 @@ changes_expired = _counter(
 
 announcements = _tally("dialect_announcements_total", "Committed changes of chats let out to sockets of this server.")
 deliveries = _tally("dialect_deliveries_total", "Announcements times the sockets that each was for.")
+typing_repeats = _tally("dialect_typing_repeats_total", "Typing that was told just before, and not passed on again.")
 holes_healed = _counter(
     "dialect_holes_healed_total",
     "Changes that were let out late, read from the database, for their announcement was lost.",
@@ -154,6 +155,10 @@ bus_sent = _tally("dialect_bus_messages_sent_total", "Messages to other workers.
 bus_received = _tally("dialect_bus_messages_received_total", "Messages of other workers.")
 bus_lost = _counter("dialect_bus_messages_lost_total", "Messages of other workers that never came here.")
 bus_dropped = _counter("dialect_bus_items_dropped_total", "Items given up because Redis was away or slow.")
+presence_rechecks = _counter(
+    "dialect_presence_rechecks_total",
+    "Times that the database was asked who may watch whom, after the bus lost something.",
+)
 
 # --- catching up ---
 
@@ -161,6 +166,7 @@ resumes = _counter("dialect_resumes_total", "Clients that asked for what they mi
 catch_up_chats = _counter("dialect_catch_up_chats_total", "Chats brought up to date for a client.")
 catch_up_resets = _counter("dialect_catch_up_resets_total", "Chats that a client had to start afresh.")
 catch_up_pages = _counter("dialect_catch_up_pages_total", "Pages of missed changes sent to clients.")
+catch_up_waiting = _gauge("dialect_catch_up_waiting", "Reads of what clients missed that wait for their turn.")
 
 # --- push ---
 

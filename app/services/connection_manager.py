@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from app.core import metrics
 from app.core.clock import Clock, timestamp
 from app.core.config import Settings
-from app.core.errors import Conflict, Unavailable
+from app.core.errors import Conflict, DialectError, TooManyRequests, Unavailable
 from app.core.tasks import supervise
 from app.db.database import Database
 from app.db.events import AnyEvent, CatchUpEvent, HeartbeatEvent
@@ -68,6 +68,7 @@ class _ResumeRequest:
 
     state: ResumeIn
     ref: str | None
+    on_refused: Callable[[DialectError], None]
 
 
 class Connection:
@@ -227,15 +228,16 @@ class Connection:
             self._held.setdefault(chat_id, [])
         self._request(_CatchUpRequest(chat_id, since))
 
-    def resume(self, state: ResumeIn, ref: str | None) -> None:
+    def resume(self, state: ResumeIn, ref: str | None, on_refused: Callable[[DialectError], None]) -> None:
         """Bring this connection up to date with everything. Live events of a chat wait until it is synced.
 
-        Raises Conflict while an earlier resume is still under way.
+        `on_refused` is called when the account has asked for too much; then all is as it was before. Raises Conflict
+        while an earlier resume is still under way.
         """
         if self._hold_all:
             raise Conflict("resume_in_progress", "An earlier resume is still being answered.")
         self._hold_all = True
-        self._request(_ResumeRequest(state, ref))
+        self._request(_ResumeRequest(state, ref, on_refused))
 
     def _request(self, request: _CatchUpRequest | _ResumeRequest) -> None:
         if self.closing or not self.ready:
@@ -249,12 +251,7 @@ class Connection:
             while self._requests and not self.closing:
                 request = self._requests.pop(0)
                 if isinstance(request, _ResumeRequest):
-                    known = await self._stream(self._manager.resume_events(self.user, request.state, request.ref))
-                    self._hold_all = False
-                    self._released.clear()
-                    # What is still held belongs to chats with a request of their own, or to nobody's.
-                    for chat_id in [chat_id for chat_id in self._held if not self._requested(chat_id)]:
-                        del self._held[chat_id]
+                    known = await self._resume(request)
                 else:
                     known = await self._stream(self._manager.chat_events(self.user_id, request.chat_id, request.since))
                     # A chat that turned out not to be the user's has no `synced`; nothing of it may follow.
@@ -270,6 +267,23 @@ class Connection:
             self.close(CloseCode.RESTART, "catching up failed")
         finally:
             self._task = None
+
+    async def _resume(self, request: _ResumeRequest) -> int:
+        refused = False
+        try:
+            known = await self._stream(self._manager.resume_events(self.user, request.state, request.ref))
+        except TooManyRequests as error:
+            known, refused = 0, True
+            request.on_refused(error)
+        self._hold_all = False
+        self._released.clear()
+        # What is still held belongs to chats with a request of their own, or to nobody's; or nothing was answered.
+        for chat_id in [chat_id for chat_id in self._held if not self._requested(chat_id)]:
+            waiting = self._held.pop(chat_id)
+            if refused:
+                for _, frames in waiting or ():  # of too many to be held the client finds a hole
+                    self.send(frames)
+        return known
 
     async def _stream(self, events: AsyncIterator[CatchUpEvent]) -> int:
         """Send catch-up events no faster than the peer reads them; the account version they bring, or 0."""

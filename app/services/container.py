@@ -148,6 +148,7 @@ class Services:
         """What was learned from other workers may be outdated: ask the database again."""
         self.auth.forget_sessions()
         self.rosters.clear()
+        self.presence.recheck()
         self.cool_usernames()
 
     def cool_usernames(self) -> None:
@@ -217,7 +218,14 @@ def build_services(settings: Settings, clock: Clock | None = None) -> Services:
     presence = PresenceService(
         settings=settings, clock=clock, database=database, connections=connections, online=online
     )
-    typing = TypingService(database=database, rosters=rosters, connections=connections, cluster=cluster)
+    typing = TypingService(
+        settings=settings,
+        clock=clock,
+        database=database,
+        rosters=rosters,
+        connections=connections,
+        cluster=cluster,
+    )
     hasher = PasswordHasher(settings)
     usernames = UsernameFilter(settings.username_filter_capacity)
     rate_limiter = RateLimiter(settings, clock, redis)
@@ -277,7 +285,12 @@ def build_services(settings: Settings, clock: Clock | None = None) -> Services:
         chat_settings=ChatSettingsService(settings=settings, clock=clock),
         drafts=DraftService(settings=settings, clock=clock),
         messages=MessageService(
-            settings=settings, clock=clock, database=database, writer=writer, unit_of_work=unit_of_work
+            settings=settings,
+            clock=clock,
+            database=database,
+            writer=writer,
+            unit_of_work=unit_of_work,
+            typing=typing,
         ),
         files=files,
         avatars=AvatarService(settings=settings, clock=clock, files=files, storage=storage, images=images),

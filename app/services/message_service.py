@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import uuid
-from collections import OrderedDict
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -27,13 +26,13 @@ from app.db.schemas import MAX_ID, History, Message, Readers
 from app.services.chat_log.catch_up import visible_messages
 from app.services.chat_log.changes import DeleteMessage, Done, EditMessage, Mark, SendMessage
 from app.services.chat_log.writer import OnDone, Writer
-from app.services.token_bucket import TokenBucket
+from app.services.token_bucket import TokenBuckets
+from app.services.typing_service import TypingService
 from app.services.unit_of_work import UnitOfWork, UnitOfWorkFactory
 
 StoredCommand = (
     NewMessageCommand | EditMessageCommand | DeleteMessageCommand | MessageReadCommand | MessageDeliveredCommand
 )
-LIMITED_ACCOUNTS_MAX = 100_000
 
 
 def check_length(content: str, max_chars: int) -> None:
@@ -53,13 +52,15 @@ class MessageService:
         database: Database,
         writer: Writer,
         unit_of_work: UnitOfWorkFactory,
+        typing: TypingService,
     ) -> None:
         self._settings = settings
         self._clock = clock
         self._database = database
         self._writer = writer
         self._unit_of_work = unit_of_work
-        self._buckets: OrderedDict[int, TokenBucket] = OrderedDict()
+        self._typing = typing
+        self._rate = TokenBuckets(settings.limit_messages_per_second, settings.limit_messages_burst, clock)
 
     # --- writing ---
 
@@ -79,6 +80,7 @@ class MessageService:
             case NewMessageCommand():
                 self._check_sendable(command)
                 self._check_rate(user_id)
+                self._typing.end(user_id, command.chat_id)
                 return SendMessage(
                     chat_id=command.chat_id,
                     user_id=user_id,
@@ -124,18 +126,7 @@ class MessageService:
             raise BadInput("message_empty", "A message needs some text.", field="content")
 
     def _check_rate(self, user_id: int) -> None:
-        if not self._settings.limit_messages_per_second:
-            return
-        bucket = self._buckets.get(user_id)
-        if bucket is None:
-            bucket = self._buckets[user_id] = TokenBucket(
-                self._settings.limit_messages_per_second, self._settings.limit_messages_burst, self._clock
-            )
-            if len(self._buckets) > LIMITED_ACCOUNTS_MAX:
-                self._buckets.popitem(last=False)
-        else:
-            self._buckets.move_to_end(user_id)  # who is silent for longest makes room
-        if wait := bucket.take():
+        if wait := self._rate.take(user_id):
             metrics.rate_limited.labels("limit_messages_per_second").inc()
             raise TooManyRequests("rate_limited", "Too many messages; slow down.", retry_after=wait)
 

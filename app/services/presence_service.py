@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 
+from app.core import metrics
 from app.core.clock import Clock, timestamp
 from app.core.config import Settings
 from app.core.errors import BadInput, Unavailable
@@ -24,6 +25,10 @@ from app.services.transport import Frames
 log = logging.getLogger(__name__)
 
 LAST_SEEN_DELAY_SECONDS = 1.0
+RECHECKED_AT_ONCE = 400
+"""Pairs of people asked for together."""
+RECHECK_PAUSE_SECONDS = 1.0
+"""Between tries while the database is away."""
 
 
 class PresenceService:
@@ -48,6 +53,8 @@ class PresenceService:
         self._gone: set[int] = set()
         self._storing = asyncio.Lock()
         self._later: asyncio.Task[None] | None = None
+        self._doubted = False
+        self._rechecking: asyncio.Task[None] | None = None
         online.listeners.append(self._on_presence)
         online.here_listeners.append(self._on_here)
 
@@ -63,9 +70,7 @@ class PresenceService:
             separations = self._separations
             async with self._database.reading() as session:
                 pairs = await pairs_repository.find_pairs(session, connection.user_id, user_ids)
-                allowed = [
-                    user_id for user_id, pair in pairs.items() if pair.chat_id is not None and not pair.any_block
-                ]
+                allowed = [user_id for user_id, pair in pairs.items() if pair.may_watch]
                 rows = await users_repository.list_users(session, allowed)
             if connection.closing:
                 return
@@ -93,6 +98,43 @@ class PresenceService:
                 if connection.user_id == watcher:
                     self._unwatch(connection, watched)
                     connection.watching -= {watched}
+
+    def recheck(self) -> None:
+        """Blocks may have been told that were not heard here: ask the database who may still watch whom."""
+        self._separations += 1
+        self._doubted = True
+        if self._rechecking is None or self._rechecking.done():
+            work = keep_running("presence-recheck", self._recheck_all, until=lambda: not self._doubted)
+            self._rechecking = self._connections.start_task(work, "presence-recheck")
+
+    async def _recheck_all(self) -> None:
+        while self._doubted:
+            self._doubted = False
+            checked = ended = 0
+            keys: set[tuple[int, int]] = set()
+            for user_id in (*self._watchers, None):
+                # Some at a time, each time in a session of their own: there may be hundreds of thousands.
+                if user_id is not None:
+                    watchers = self._watchers.get(user_id, ())
+                    keys |= {pairs_repository.pair_key(user_id, connection.user_id) for connection in watchers}
+                if keys and (user_id is None or len(keys) >= RECHECKED_AT_ONCE):
+                    apart = keys - await self._find_watchable(keys)
+                    for pair in apart:
+                        self.separate(*pair)
+                    checked, ended = checked + len(keys), ended + len(apart)
+                    keys = set()
+            metrics.presence_rechecks.inc()
+            log.info("presence_rechecked", extra={"pairs": checked, "ended": ended})
+
+    async def _find_watchable(self, keys: Set[tuple[int, int]]) -> set[tuple[int, int]]:
+        while True:
+            try:
+                async with self._database.bulk_reads, self._database.reading() as session:
+                    pairs = await pairs_repository.list_pairs(session, sorted(keys))
+            except Unavailable:
+                await asyncio.sleep(RECHECK_PAUSE_SECONDS)
+            else:
+                return {(pair.low_id, pair.high_id) for pair in pairs if pair.may_watch}
 
     def _unwatch(self, connection: Connection, user_id: int) -> None:
         watchers = self._watchers.get(user_id)

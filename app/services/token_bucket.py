@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 from app.core.clock import Clock
 
 
@@ -19,10 +21,53 @@ class TokenBucket:
 
     def take(self) -> float:
         """Take one permit. Returns 0, or the seconds until the next one when there is none."""
+        wait = self.wait(1)
+        if not wait:
+            self._tokens -= 1
+        return wait
+
+    def wait(self, amount: float) -> float:
+        """Seconds until so much can be taken; 0 when it can be now."""
         now = self._clock.monotonic()
         self._tokens = min(self._burst, self._tokens + (now - self._updated) * self._rate)
         self._updated = now
-        if self._tokens >= 1:
-            self._tokens -= 1
-            return 0.0
-        return (1 - self._tokens) / self._rate
+        return max(0.0, amount - self._tokens) / self._rate
+
+    def spend(self, amount: float) -> None:
+        """Take what was used, even if it is more than there was."""
+        self._tokens -= amount
+
+
+class TokenBuckets:
+    """A bucket for each account. Those of the accounts silent for longest make room."""
+
+    def __init__(self, rate: float, burst: int, clock: Clock, *, most: int = 100_000) -> None:
+        """`rate` 0: no limit."""
+        self._rate = rate
+        self._burst = burst
+        self._clock = clock
+        self._most = most
+        self._buckets: OrderedDict[int, TokenBucket] = OrderedDict()
+
+    def take(self, user_id: int) -> float:
+        """Take one permit of an account. Returns 0, or the seconds until its next one when there is none."""
+        return self._bucket(user_id).take() if self._rate else 0.0
+
+    def wait(self, user_id: int, amount: float) -> float:
+        """Seconds until an account can have so much; 0 when it can now."""
+        return self._bucket(user_id).wait(amount) if self._rate else 0.0
+
+    def spend(self, user_id: int, amount: float) -> None:
+        """Take what an account has used, even if it is more than it had."""
+        if self._rate:
+            self._bucket(user_id).spend(amount)
+
+    def _bucket(self, user_id: int) -> TokenBucket:
+        bucket = self._buckets.get(user_id)
+        if bucket is None:
+            bucket = self._buckets[user_id] = TokenBucket(self._rate, self._burst, self._clock)
+            if len(self._buckets) > self._most:
+                self._buckets.popitem(last=False)
+        else:
+            self._buckets.move_to_end(user_id)
+        return bucket

@@ -25,8 +25,11 @@ from app.db.models import Message
 from app.services.chat_log.changes import SendMessage
 from app.services.container import Services
 from tests.conftest import StartServer
+from tests.services.test_sequencer import come_online
+from tests.support.clock import ManualClock
 from tests.support.databases import ENGINES
 from tests.support.locks import held
+from tests.support.metrics import value
 from tests.support.people import Json, contents, people
 from tests.support.replica import Replica, fetch
 from tests.support.secrets import plant
@@ -408,6 +411,83 @@ async def test_typing_reaches_the_others_of_a_chat_and_nobody_else(shared_server
             assert kinds(hers).count("typing") == 3
             assert kinds(stranger) == ["hello", "error", "error"]
             assert "error" not in kinds(phone) + kinds(his)
+
+
+@pytest.mark.settings(limit_typing_repeat_seconds=3600)
+async def test_typing_is_told_once_and_each_change_of_it_at_once(server: Server) -> None:
+    async with server.client() as client:
+        ann, bo, eve = await people(client, 3)
+        group, other = await ann.group(bo), await ann.group(bo)
+        async with (
+            await ann.open(server) as phone,
+            await ann.open(server) as laptop,
+            await bo.open(server) as his,
+            await eve.open(server) as stranger,
+        ):
+            for active in (True, False, True):
+                for socket in (phone, laptop, phone):
+                    await socket.send(type="typing", chat_id=group, active=active)
+                    await socket.barrier()
+            await phone.say(group, "typed")  # which ends it: what follows is no repetition
+            for _ in range(2):
+                await laptop.send(type="typing", chat_id=group)
+            await phone.send(type="typing", chat_id=other)
+            for _ in range(2):  # nobody heard it: to be refused once does not make the second one a repetition
+                await stranger.send(type="typing", chat_id=group, ref="r")
+                assert (await stranger.wait(type="error", ref="r"))["code"] == "chat_not_found"
+            await his.wait(type="typing", chat_id=other)
+            for socket in (phone, laptop, his):
+                await socket.barrier()
+            told = [event for event in his.seen if event["type"] in ("typing", "new_message")]
+            assert [event.get("active") for event in told if event["chat_id"] == group] == [
+                *(True, False, True),
+                None,  # the message
+                True,
+            ]
+        shown = (await client.get("/metrics")).text
+        assert value(shown, "dialect_typing_repeats_total") == 3 * 2 + 1
+
+
+@pytest.mark.settings(limit_typing_repeat_seconds=3600, limit_typing_per_second=0.01, limit_typing_burst=4)
+async def test_who_tells_of_their_typing_without_end_is_refused_on_all_their_sockets(server: Server) -> None:
+    async with server.client() as client:
+        ann, bo, cy = await people(client, 3)
+        group = await ann.group(bo, cy)
+        async with await ann.open(server) as phone, await ann.open(server) as laptop, await bo.open(server) as his:
+            for socket in (phone, laptop):
+                for active in (True, False):
+                    await socket.send(type="typing", chat_id=group, active=active)
+                    await his.wait(type="typing", active=active)
+            await laptop.send(type="typing", chat_id=group, active=False)  # a repetition costs nothing
+            await laptop.send(type="typing", chat_id=group, ref="r")
+            refused = await laptop.wait(type="error")
+            assert (refused["code"], refused["ref"], refused["retryable"]) == ("rate_limited", "r", True)
+            assert 0 < refused["retry_after"] <= 100
+            # Of somebody else nothing is refused.
+            await his.send(type="typing", chat_id=group)
+            await phone.wait(type="typing", user_id=bo.id)
+            await his.barrier()
+            assert kinds(his).count("typing") == 4
+        shown = (await client.get("/metrics")).text
+        assert value(shown, "dialect_rate_limited_total", limit="limit_typing_per_second") == 1
+
+
+@pytest.mark.settings(limit_typing_repeat_seconds=2)
+async def test_who_types_on_is_told_again_after_a_moment(
+    client: httpx.AsyncClient, services: Services, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = ManualClock()
+    monkeypatch.setattr(services.typing, "_clock", clock)
+    ann, bo = await people(client, 2)
+    chat_id = await ann.personal(bo)
+    inbox = await come_online(services, bo)
+    for seconds in (0.0, 1.9, 0.1, 1.9, 0.1):
+        clock.advance(seconds)
+        await services.typing.type(ann.id, chat_id, active=True)
+    assert [event["type"] for event in inbox.events] == ["typing"] * 3
+    clock.advance(10)
+    await services.typing.type(bo.id, chat_id, active=True)
+    assert list(services.typing._told) == [(bo.id, chat_id)]  # nothing is kept that decides nothing
 
 
 async def test_presence_is_told_to_those_with_a_personal_chat_who_asked(shared_server: Server) -> None:

@@ -16,7 +16,7 @@ REST = (b"+OK\r\n", b":1\r\n", b"$-1\r\n*2\r\n$4\r\npong\r\n$0\r\n\r\n")
 def test_only_messages_of_channels_get_lost_and_only_those_chosen(size: int, lost: tuple[bool, bool]) -> None:
     stream = REST[0] + FIRST + REST[1] + SECOND + REST[2]
     chances = iter(lost)
-    edit = LosesMessages(lambda: next(chances))
+    edit = LosesMessages(lambda _: next(chances))
     passed = b"".join(edit(stream[at : at + size]) for at in range(0, len(stream), size))
     kept = (b"" if lost[0] else FIRST, b"" if lost[1] else SECOND)
     assert passed == REST[0] + kept[0] + REST[1] + kept[1] + REST[2]

@@ -414,6 +414,7 @@ async def _storm(settings: Settings, launch: Launch, report: SceneReport) -> Non
 @pytest.mark.settings(
     limit_connects_per_second=Settings.model_fields["limit_connects_per_second"].default,
     max_loop_lag_seconds=Settings.model_fields["max_loop_lag_seconds"].default,
+    limit_resets_per_minute=Settings.model_fields["limit_resets_per_minute"].default,
 )
 def test_a_crowd_that_lost_the_server_is_back_soon_and_has_missed_nothing(
     settings: Settings, launch: Launch, report: SceneReport

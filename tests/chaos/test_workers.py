@@ -153,7 +153,7 @@ class _Losing:
     @contextlib.contextmanager
     def __call__(self, _redis: RedisServer, proxy: FaultProxy) -> Iterator[None]:
         chance = random.Random(self.percent)
-        proxy.edit_answers = lambda: LosesMessages(lambda: chance.random() * 100 < self.percent)
+        proxy.edit_answers = lambda: LosesMessages(lambda _: chance.random() * 100 < self.percent)
         proxy.reset()  # connections of before have no such losses
         yield
 

@@ -6,11 +6,15 @@ import asyncio
 import signal
 
 import pytest
+from pydantic import SecretStr
 
 from app.core.config import Settings
 from tests.conftest import StartServer
 from tests.support.accounts import register
+from tests.support.metrics import value
 from tests.support.people import Person, people
+from tests.support.proxy import FaultProxy
+from tests.support.redis_messages import LosesMessages
 from tests.support.redis_server import RedisServer
 from tests.support.servers import Server
 
@@ -69,3 +73,35 @@ async def test_without_redis_messages_arrive_logins_are_refused_and_all_is_well_
             await bos.wait(lambda event: "it is back" in str(event))
             assert anns.close_code is None
             assert bos.close_code is None
+
+
+async def test_a_block_of_which_the_bus_lost_the_word_ends_presence_once_the_loss_is_noticed(
+    cluster_settings: Settings, redis: RedisServer, start_server: StartServer
+) -> None:
+    async with FaultProxy("127.0.0.1", redis.port) as proxy:
+        proxy.edit_answers = lambda: LosesMessages(lambda message: b"separated" in message)
+        first = start_server(cluster_settings)
+        lossy = cluster_settings.model_copy(update={"redis_url": SecretStr(f"redis://127.0.0.1:{proxy.port}/0")})
+        # In a thread: the proxy, through which it starts, is here.
+        second = await asyncio.to_thread(start_server, lossy)
+        for server in (first, second):
+            await asyncio.to_thread(server.wait_for_log, "worker_joined")
+        async with first.client() as here, second.client() as there:
+            [ann] = await people(here, 1)
+            bo, cy = Person(there, await register(there)), Person(there, await register(there))
+            for friend in (bo, cy):
+                await ann.personal(friend)
+            async with await bo.open(second) as bos, await cy.open(second) as cys:
+                for socket in (bos, cys):
+                    await socket.send(type="subscribe_presence", user_ids=[ann.id])
+                    await socket.wait(type="presence", online=False)
+                await ann.block(bo)
+                await asyncio.to_thread(second.wait_for_log, 'presence_rechecked.*"ended": ?1')
+                async with await ann.open(first):
+                    await cys.wait(type="presence", user_id=ann.id, online=True)
+                await cys.wait(type="presence", user_id=ann.id, online=False)
+                await bos.barrier()
+                assert not [event for event in bos.inbox if event["type"] == "presence"]
+            shown = (await there.get("/metrics")).text
+            assert value(shown, "dialect_bus_messages_lost_total") >= 1
+            assert value(shown, "dialect_presence_rechecks_total") >= 1

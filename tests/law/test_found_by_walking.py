@@ -116,7 +116,7 @@ async def test_what_a_resume_has_told_of_the_account_is_not_told_again_later(ser
     transport = Recorder()
     connection = connect(services, transport)
     connection.ready = True
-    connection.resume(ResumeIn(), None)
+    connection.resume(ResumeIn(), None, lambda error: pytest.fail(error.code))
     await reading.wait()
 
     for version in (3, 4):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -10,9 +11,12 @@ import pytest
 from fastapi import FastAPI
 
 from app.core.config import Settings
+from app.core.errors import Unavailable
 from app.db.database import Database
+from app.db.repositories import pairs as pairs_repository
 from app.db.repositories import users as users_repository
 from app.main import create_app
+from app.services import presence_service
 from app.services.connection_manager import Connection
 from app.services.container import Services
 from app.services.transport import Frames
@@ -70,6 +74,42 @@ async def test_a_block_during_a_subscription_keeps_the_two_from_seeing_each_othe
     await services.presence.subscribe(connection, [bo.id, cy.id])
     assert reads == 2
     assert connection.watching == {cy.id}
+
+
+async def test_after_a_loss_the_database_says_who_may_still_watch_whom_as_soon_as_it_answers(
+    client: httpx.AsyncClient, services: Services, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(presence_service, "RECHECKED_AT_ONCE", 1)
+    monkeypatch.setattr(presence_service, "RECHECK_PAUSE_SECONDS", 0.0)
+    ann, bo, cy, dan = await people(client, 4)
+    for friend in (bo, cy, dan):
+        await ann.personal(friend)
+    connection, his = connect(services, ann), connect(services, bo)
+    await services.presence.subscribe(connection, [bo.id, cy.id, dan.id])
+    await services.presence.subscribe(his, [ann.id])
+    services.blocks.on_blocked.clear()  # nobody tells this worker
+    await bo.block(ann)
+    read, reads = pairs_repository.list_pairs, 0
+
+    async def read_at_the_second_try(*arguments: Any) -> list[pairs_repository.PairRow]:
+        nonlocal reads
+        reads += 1
+        if reads == 1:
+            raise Unavailable("database_unavailable", "The database does not answer.")
+        if reads == 4:  # one more is lost when it was asked for already: once more from the beginning
+            await cy.block(ann)
+            services.make_up_for_lost_hints()
+        return await read(*arguments)
+
+    monkeypatch.setattr(pairs_repository, "list_pairs", read_at_the_second_try)
+    services.make_up_for_lost_hints()
+    async with asyncio.timeout(10):
+        assert services.presence._rechecking is not None
+        await services.presence._rechecking
+    assert reads == 1 + 3 + 2
+    assert connection.watching == {dan.id}
+    assert his.watching == frozenset()
+    assert services.presence._watchers == {dan.id: {connection}}
 
 
 async def test_who_went_just_before_a_graceful_stop_was_seen_then(settings: Settings) -> None:

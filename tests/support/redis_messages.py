@@ -8,7 +8,7 @@ from collections.abc import Callable
 class LosesMessages:
     """Passes a connection's answers on, and loses those messages of channels for which `loses` says so."""
 
-    def __init__(self, loses: Callable[[], bool]) -> None:
+    def __init__(self, loses: Callable[[bytes], bool]) -> None:
         self._loses = loses
         self._waiting = b""
 
@@ -18,7 +18,7 @@ class LosesMessages:
         passed = b""
         while (end := end_of_value(self._waiting, 0)) is not None:
             value, self._waiting = self._waiting[:end], self._waiting[end:]
-            if not (is_message(value) and self._loses()):
+            if not (is_message(value) and self._loses(value)):
                 passed += value
         return passed
 

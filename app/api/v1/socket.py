@@ -265,7 +265,7 @@ class SocketReceiver(Receiver):
                 self._run(command, self._services.presence.subscribe(self._connection, command.user_ids))
             case ResumeCommand():
                 state = ResumeIn(epoch=command.epoch, account_version=command.account_version, chats=command.chats)
-                self._connection.resume(state, command.ref)
+                self._connection.resume(state, command.ref, lambda error: self._fail(error, command.ref, None))
             case ReauthCommand():
                 self._run(command, self._reauth(command.token))
             case PingCommand():

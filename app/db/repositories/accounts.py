@@ -70,12 +70,13 @@ async def list_changed_marks(session: AsyncSession, user_id: int, *, after: int)
     return [ChangedMark(row[0], row[1] is not None, row[2], row[3]) for row in result]
 
 
-async def list_changed_hidden(session: AsyncSession, user_id: int, *, after: int) -> list[ChangedHidden]:
-    """Messages deleted for oneself after an account version."""
+async def list_changed_hidden(session: AsyncSession, user_id: int, *, after: int, limit: int) -> list[ChangedHidden]:
+    """Messages deleted for oneself after an account version, oldest deletion first; each has a version of its own."""
     result = await session.execute(
         select(HIDDEN.c.chat_id, HIDDEN.c.seq, HIDDEN.c.message_id, HIDDEN.c.account_version)
         .where(HIDDEN.c.user_id == user_id, HIDDEN.c.account_version > after)
         .order_by(HIDDEN.c.account_version)
+        .limit(limit)
     )
     return [ChangedHidden(*row) for row in result]
 

@@ -38,6 +38,11 @@ class PairRow(NamedTuple):
         """Whether either blocks the other."""
         return self.low_blocks_high or self.high_blocks_low
 
+    @property
+    def may_watch(self) -> bool:
+        """Whether they may see of each other who is online."""
+        return self.chat_id is not None and not self.any_block
+
 
 PAIR_COLUMNS = [PAIR.c[name] for name in PairRow._fields]
 
@@ -93,11 +98,16 @@ async def _update_pair(session: AsyncSession, a: int, b: int, values: dict[str, 
 
 async def find_pairs(session: AsyncSession, user_id: int, other_ids: Sequence[int]) -> dict[int, PairRow]:
     """What stands between a person and others, by the others' ids; pairs without a row are left out."""
-    keys = [pair_key(user_id, other_id) for other_id in other_ids]
+    pairs = await list_pairs(session, [pair_key(user_id, other_id) for other_id in other_ids])
+    return {pair.high_id if pair.low_id == user_id else pair.low_id: pair for pair in pairs}
+
+
+async def list_pairs(session: AsyncSession, keys: Sequence[tuple[int, int]]) -> list[PairRow]:
+    """The pairs with these (low, high) ids; those without a row are left out."""
     pairs: list[PairRow] = []
     for condition in key_conditions(PAIR.c.low_id, PAIR.c.high_id, keys):
         pairs.extend(PairRow(*row) for row in await session.execute(select(*PAIR_COLUMNS).where(condition)))
-    return {pair.high_id if pair.low_id == user_id else pair.low_id: pair for pair in pairs}
+    return pairs
 
 
 async def list_blocked(session: AsyncSession, user_id: int, after_id: int, limit: int) -> list[int]:

@@ -18,6 +18,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from app.core import metrics
 from app.core.clock import Clock
 from app.core.config import Settings
+from app.core.errors import TooManyRequests
 from app.db.database import Database
 from app.db.events import CatchUpEvent, ChatChangesEvent, ChatInfo, ResetEvent
 from app.db.repositories import accounts as accounts_repository
@@ -39,11 +40,13 @@ from app.services.chat_log.views import (
 )
 from app.services.coalescer import Coalescer
 from app.services.connection_manager import ConnectionManager, LoadedChats, OnlineUser
+from app.services.token_bucket import TokenBuckets
 from app.services.user_service import users_seen_by
 from app.services.user_settings_service import user_settings_view
 
 PAGE_MESSAGES = 100
 PAGE_MEMBERS = 200
+PAGE_HIDDEN = 500
 PAGE_BYTES = 64 * 1024
 """Of text in a page: what a slow phone reads in a few seconds."""
 SHORT_AT_ONCE = 128
@@ -105,6 +108,8 @@ class CatchUpService:
         self._short_gap = min(PAGE_MESSAGES, settings.resume_max_changes)
         """Who is further behind takes the long way, or starts afresh."""
         self._short: Coalescer[_Wanted, list[CatchUpEvent]] = Coalescer(self._read_short, most=SHORT_AT_ONCE)
+        self._resets = TokenBuckets(settings.limit_resets_per_minute / 60, settings.limit_resets_burst, clock)
+        """Of each account: how often it may have all its chats afresh."""
         self._shared: OrderedDict[tuple[int, int], _Missed] = OrderedDict()
         """By chat and version. After a restart all members of a chat ask for the same."""
         self.epoch = ""
@@ -113,14 +118,9 @@ class CatchUpService:
     async def chat(self, user_id: int, chat_id: int, since: int | None) -> AsyncIterator[CatchUpEvent]:
         """Everything of one chat after `since`, or the chat afresh; ends with `synced` or `chat_removed`."""
         reset: ResetEvent | None = None
-        async with self._database.bulk_reads, self._database.reading() as session:
+        async with self._database.bulk_reads.of(user_id), self._database.reading() as session:
             cursor = await chats_repository.find_cursor(session, chat_id, user_id)
-            afresh = cursor is not None and (
-                since is None
-                or since < cursor.joined_version  # left and joined again: what was missed was not theirs to see
-                or since > cursor.version
-                or cursor.version - since > self._settings.resume_max_changes
-            )
+            afresh = cursor is not None and self._starts_afresh(cursor, since)
             if cursor is not None and since is not None and not afresh:
                 members = await repository.list_changed_members(session, chat_id, after=since, limit=PAGE_MEMBERS + 1)
                 afresh = len(members) > PAGE_MEMBERS
@@ -144,6 +144,14 @@ class CatchUpService:
                     return
         metrics.catch_up_chats.inc()
         yield {"type": "synced", "chat_id": chat_id, "version": cursor.version}
+
+    def _starts_afresh(self, cursor: ChatCursor, since: int | None) -> bool:
+        return (
+            since is None
+            or since < cursor.joined_version  # left and joined again: what was missed was not theirs to see
+            or since > cursor.version
+            or cursor.version - since > self._settings.resume_max_changes
+        )
 
     async def _read_short(self, wanted: Sequence[_Wanted]) -> dict[_Wanted, list[CatchUpEvent]]:
         """Like `chat`, for many at once, of those to whom one page tells everything. The others are left out."""
@@ -260,7 +268,7 @@ class CatchUpService:
         chat_id, target = cursor.chat_id, cursor.version
         after = since
         while after < target:
-            async with self._database.bulk_reads, self._database.reading() as session:
+            async with self._database.bulk_reads.of(user_id), self._database.reading() as session:
                 member = await chats_repository.find_membership(session, chat_id, user_id)
                 visible_from = member.visible_from_seq if member else MAX_ID
                 found = await repository.list_changed_messages(
@@ -291,14 +299,20 @@ class CatchUpService:
             after = upto
 
     async def resume(self, user: OnlineUser, state: ResumeIn, ref: str | None) -> AsyncIterator[CatchUpEvent]:
-        """The answer to `resume` on a socket, whose live events are held meanwhile. Raises Unavailable."""
+        """The answer to `resume` on a socket, whose live events are held meanwhile.
+
+        Raises TooManyRequests before it begins, and Unavailable.
+        """
         metrics.resumes.labels("socket").inc()
         loaded = await self._connections.load_chats(user)
         async for event in self._resume(user.id, state, loaded, ref, tell_unchanged=True):
             yield event
 
     async def resume_page(self, user_id: int, state: ResumeIn) -> list[CatchUpEvent]:
-        """The answer to a resume over REST: as much as fits one response, ending with `resumed`."""
+        """The answer to a resume over REST: as much as fits one response, ending with `resumed`.
+
+        Raises TooManyRequests and Unavailable.
+        """
         metrics.resumes.labels("rest").inc()
         async with self._database.reading() as session:
             account_version = (await accounts_repository.account_versions(session, [user_id])).get(user_id, 0)
@@ -306,18 +320,25 @@ class CatchUpService:
         loaded = LoadedChats(account_version, cursors)
         events: list[CatchUpEvent] = []
         weight = 0
+        told = state.account_version
+        """Everything of the account up to this version is among the events."""
         async for event in self._resume(user_id, state, loaded, None, tell_unchanged=False):
             events.append(event)
             if event["type"] in ("chat_changes", "reset"):
                 weight += 1 + len(event["messages"])
+            elif event["type"] == "message_hidden":
+                # They come in order, after all else of the account but the profile: that must be told after the last.
+                weight += 1
+                told = event["account_version"] - 1
+            elif event["type"] == "profile_changed":
+                told = event["account_version"]
             if weight >= PAGE_MESSAGES * 5 and event["type"] != "resumed":
-                # The account's own version is told only at the very end: asking again repeats its few events.
                 events.append(
                     {
                         "type": "resumed",
                         "ref": None,
                         "epoch": self.epoch,
-                        "account_version": state.account_version,
+                        "account_version": told,
                         "complete": False,
                     }
                 )
@@ -337,19 +358,32 @@ class CatchUpService:
         account_version, cursors = loaded
         mine = {cursor.chat_id for cursor in cursors}
         same_epoch = state.epoch is None or state.epoch == self.epoch
+        afresh = sum(
+            self._starts_afresh(cursor, known.get(cursor.chat_id) if same_epoch else None) for cursor in cursors
+        )
+        if afresh and (wait := self._resets.wait(user_id, afresh / len(cursors))):
+            metrics.rate_limited.labels("limit_resets_per_minute").inc()
+            raise TooManyRequests("rate_limited", "Everything was asked for afresh too often.", retry_after=wait)
         if state.account_version != account_version or not same_epoch:
             after = state.account_version if same_epoch and state.account_version < account_version else 0
             # Whoever holds chats, from whatever time, must hear of every mark and hidden message in them.
             holds_chats = same_epoch and bool(known)
-            async with self._database.bulk_reads, self._database.reading() as session:
+            async with self._database.bulk_reads.of(user_id), self._database.reading() as session:
                 account_events = [
-                    event
-                    async for event in self._account_events(
-                        session, user_id, after, account_version, holds_chats=holds_chats
-                    )
+                    event async for event in self._account_events(session, user_id, after, holds_chats=holds_chats)
                 ]
+                profile_version = await accounts_repository.profile_version(session, user_id)
             for event in account_events:
                 yield event
+            if holds_chats:
+                async for event in self._hidden(user_id, after):
+                    yield event
+            # Last: whoever holds its number has everything before it.
+            yield {
+                "type": "profile_changed",
+                "account_version": account_version,
+                "profile_version": profile_version,
+            }
         for chat_id in known.keys() - mine:
             yield {"type": "chat_removed", "account_version": None, "chat_id": chat_id}
         short = [
@@ -377,6 +411,9 @@ class CatchUpService:
                     yield event
                 continue
             async for event in self.chat(user_id, cursor.chat_id, since):
+                if event["type"] == "reset":
+                    # As it is read, not as it is asked for: who loses the socket half-way asks for the other half.
+                    self._resets.spend(user_id, 1 / len(cursors))
                 yield event
         yield {
             "type": "resumed",
@@ -386,11 +423,28 @@ class CatchUpService:
             "complete": True,
         }
 
+    async def _hidden(self, user_id: int, after: int) -> AsyncIterator[CatchUpEvent]:
+        """Messages the user deleted for themselves after an account version, in its order. They have no bound."""
+        while True:
+            async with self._database.bulk_reads.of(user_id), self._database.reading() as session:
+                page = await accounts_repository.list_changed_hidden(session, user_id, after=after, limit=PAGE_HIDDEN)
+            for hidden in page:
+                yield {
+                    "type": "message_hidden",
+                    "account_version": hidden.account_version,
+                    "chat_id": hidden.chat_id,
+                    "message_id": hidden.message_id,
+                    "seq": hidden.seq,
+                }
+            if len(page) < PAGE_HIDDEN:
+                return
+            after = page[-1].account_version
+
     async def _account_events(
-        self, session: AsyncSession, user_id: int, after: int, account_version: int, *, holds_chats: bool
+        self, session: AsyncSession, user_id: int, after: int, *, holds_chats: bool
     ) -> AsyncIterator[CatchUpEvent]:
-        """What only this user sees and that changed after an account version. A client without chats gets them all
-        as `reset`, which tells the rest; it needs only what belongs to no chat."""
+        """What only this user sees and that changed after an account version, hidden messages and the profile aside.
+        A client without chats gets them all as `reset`, which tells the rest; it needs only what belongs to no chat."""
         for pair in await accounts_repository.list_changed_blocks(session, user_id, after=after):
             yield {
                 "type": "block_changed",
@@ -413,14 +467,6 @@ class CatchUpService:
                         "chat_id": mark.chat_id,
                         "seq": mark.read_seq,
                     }
-            for hidden in await accounts_repository.list_changed_hidden(session, user_id, after=after):
-                yield {
-                    "type": "message_hidden",
-                    "account_version": hidden.account_version,
-                    "chat_id": hidden.chat_id,
-                    "message_id": hidden.message_id,
-                    "seq": hidden.seq,
-                }
             for settings in await chat_settings_repository.list_changed_chat_settings(session, user_id, after=after):
                 yield {
                     "type": "chat_settings_changed",
@@ -442,9 +488,3 @@ class CatchUpService:
                 "account_version": own.account_version,
                 "settings": user_settings_view(own),
             }
-        profile_version = await accounts_repository.profile_version(session, user_id)
-        yield {
-            "type": "profile_changed",
-            "account_version": account_version,
-            "profile_version": profile_version,
-        }

@@ -6,8 +6,7 @@ from collections import OrderedDict
 from collections.abc import Iterable
 from typing import NamedTuple, cast
 
-from sqlalchemy.ext.asyncio import AsyncSession
-
+from app.db.database import Database
 from app.db.repositories import chat_log as repository
 from app.db.repositories.chat_log import ChatRow
 from app.db.schemas import ChatType, Role
@@ -42,14 +41,25 @@ class Roster:
         self.max_visible_from = max((member.visible_from_seq for member in members.values()), default=1)
 
 
+OUTDATED_MAX = 10_000
+
+
 class RosterCache:
     """The newest rosters this worker knows, bounded by the members they hold. A hint: whoever decides by one
-    compares its `members_version` with the locked chat row first."""
+    compares its `members_version` with the locked chat row first.
+
+    What is read without a lock may be outdated by the time it is put here, and would stay: so whatever is forgotten
+    for being outdated is remembered by its version, and who reads names the `generation` that they began in.
+    """
 
     def __init__(self, max_members: int = 1_000_000) -> None:
         self._rosters: OrderedDict[int, Roster] = OrderedDict()
         self._members = 0
         self._max_members = max_members
+        self._outdated: dict[int, int] = {}
+        """Chats whose rosters from before this `members_version` are not to be believed."""
+        self.generation = 0
+        """Ends when nobody knows any more what is outdated: of what was read before, nothing is to be believed."""
 
     def get(self, chat_id: int) -> Roster | None:
         """A roster, perhaps outdated."""
@@ -58,12 +68,19 @@ class RosterCache:
             self._rosters.move_to_end(chat_id)
         return roster
 
-    def put(self, roster: Roster) -> None:
-        """Remember a committed roster; an older one never replaces a newer."""
+    def put(self, roster: Roster, *, generation: int | None = None) -> bool:
+        """Remember a committed roster, unless it is outdated; whether it is not.
+
+        Who read it without the chat's lock names the `generation` from before they began to read.
+        """
+        if generation is not None and generation != self.generation:
+            return False
+        if roster.members_version < self._outdated.get(roster.chat_id, 0):
+            return False
         known = self._rosters.get(roster.chat_id)
         if known is not None:
             if known.members_version > roster.members_version:
-                return
+                return False
             self._members -= len(known.members)
         self._rosters[roster.chat_id] = roster
         self._rosters.move_to_end(roster.chat_id)
@@ -71,9 +88,12 @@ class RosterCache:
         while self._members > self._max_members and len(self._rosters) > 1:
             _, oldest = self._rosters.popitem(last=False)
             self._members -= len(oldest.members)
+            self._note_outdated(oldest.chat_id, oldest.members_version)
+        return True
 
     def drop(self, chat_id: int, older_than: int) -> None:
-        """Forget a roster from before this `members_version`."""
+        """Forget a roster from before this `members_version`, and believe none that is yet to come."""
+        self._note_outdated(chat_id, older_than)
         known = self._rosters.get(chat_id)
         if known is not None and known.members_version < older_than:
             del self._rosters[chat_id]
@@ -83,6 +103,13 @@ class RosterCache:
         """Forget all: some may be outdated, and nobody knows which."""
         self._rosters.clear()
         self._members = 0
+        self.generation += 1
+
+    def _note_outdated(self, chat_id: int, older_than: int) -> None:
+        if len(self._outdated) >= OUTDATED_MAX:
+            self._outdated.clear()
+            self.generation += 1
+        self._outdated[chat_id] = max(older_than, self._outdated.get(chat_id, 0))
 
 
 async def load_rosters(executor: repository.Executor, chats: Iterable[ChatRow]) -> list[Roster]:
@@ -115,11 +142,14 @@ async def load_rosters(executor: repository.Executor, chats: Iterable[ChatRow]) 
     ]
 
 
-async def fetch_roster(session: AsyncSession, cache: RosterCache, chat_id: int) -> Roster | None:
-    """The cached roster of a chat, read when it is not there; None when the chat does not exist."""
-    roster = cache.get(chat_id)
-    if roster is None:
-        for roster in await load_rosters(session, await repository.find_chats(session, [chat_id])):
-            cache.put(roster)
-            return roster
+async def fetch_roster(database: Database, cache: RosterCache, chat_id: int) -> Roster | None:
+    """The cached roster of a chat, read when it is not there; None when the chat does not exist. Raises Unavailable."""
+    while (roster := cache.get(chat_id)) is None:
+        generation = cache.generation
+        async with database.reading() as session:
+            rosters = await load_rosters(session, await repository.find_chats(session, [chat_id]))
+        if not rosters:
+            return None
+        if cache.put(rosters[0], generation=generation):
+            return rosters[0]  # else it was outdated while it was read
     return roster

@@ -100,6 +100,7 @@ class Sequencer:
 
     async def _fetch_roster(self, chat_id: int) -> None:
         """Read who is in a chat before anything more of it is delivered: the cached roster is older than the chat."""
+        generation = self._rosters.generation
         try:
             async with self._database.bulk_reads, self._database.reading() as session:
                 rosters = await load_rosters(session, await repository.find_chats(session, [chat_id]))
@@ -108,7 +109,7 @@ class Sequencer:
         finally:
             waiting = self._rosterless.pop(chat_id, [])
         for roster in rosters:
-            self._rosters.put(roster)
+            self._rosters.put(roster, generation=generation)
             for announcement in waiting:
                 self.offer(announcement.under(roster))
 
@@ -193,6 +194,7 @@ class Sequencer:
         """Read what was not let out from the database and let it out as one `chat_changes`."""
         chat_id = channel.chat_id
         prev = channel.version
+        generation = self._rosters.generation
         async with self._database.reading() as session:
             rows = await repository.find_chats(session, [chat_id])
             if not rows:
@@ -211,7 +213,7 @@ class Sequencer:
         members = [row for row in members if row.version <= chat.version]
         if channel.version != prev:
             return  # the announcement came while we were reading
-        self._rosters.put(roster)
+        self._rosters.put(roster, generation=generation)
         self.healed += 1
         metrics.holes_healed.inc()
         log.warning("hole_healed", extra={"chat_id": chat_id, "prev": prev, "version": chat.version})
