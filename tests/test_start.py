@@ -199,7 +199,13 @@ def test_a_short_key_is_refused(door: Door, clone: Path, clone_env: dict[str, st
 
 @pytest.mark.parametrize("door", DOORS)
 @pytest.mark.parametrize(
-    ("name", "value"), [("DB_PORT", "many"), ("ALGORITHM", "none"), ("LIMIT_LOGIN_PER_IP", "often")]
+    ("name", "value"),
+    [
+        ("DB_PORT", "many"),
+        ("ALGORITHM", "none"),
+        ("LIMIT_LOGIN_PER_IP", "often"),
+        ("S3_ENDPOINT_URL", "127.0.0.1:9"),
+    ],
 )
 def test_a_setting_that_cannot_be_read_is_one_sentence(
     door: Door, name: str, value: str, clone: Path, clone_env: dict[str, str]

@@ -98,7 +98,7 @@ class Settings(BaseSettings):
     image_processes: int = Field(1, ge=1, le=32, description="Images decoded at the same time, each in its process.")
     unattached_file_hours: float = Field(24, gt=0, description="A file that no message holds is deleted after this.")
     s3_bucket: str = Field("", description="Keeps files in this bucket of an S3-compatible store instead.")
-    s3_endpoint_url: str = Field("", description="Of a store that is not Amazon's.")
+    s3_endpoint_url: str = Field("", description="Of a store that is not Amazon's: http://… or https://…")
     s3_region: str = Field("us-east-1", description="Region of the bucket.")
     s3_access_key_id: str = Field("", description="Empty: as the environment of AWS says.")
     s3_secret_access_key: SecretStr = Field(SecretStr(""), description="Secret of that key.")
@@ -231,6 +231,13 @@ class Settings(BaseSettings):
             raise ValueError("it starts with redis:// or rediss://")
         return value
 
+    @field_validator("s3_endpoint_url")
+    @classmethod
+    def _endpoint_scheme(cls, value: str) -> str:
+        if value and not value.startswith(("http://", "https://")):
+            raise ValueError("it starts with http:// or https://")
+        return value
+
     @model_validator(mode="after")
     def _secret_key(self) -> Self:
         secret = self.secret_key.get_secret_value()
@@ -292,4 +299,5 @@ def get_settings() -> Settings:
     except ValidationError as error:
         first = error.errors(include_input=False)[0]
         name = ".".join(str(part) for part in first["loc"]).upper()
-        raise StartupError(f"The setting {name} cannot be used: {first['msg']}.") from error
+        problem = first["msg"].removeprefix("Value error, ")
+        raise StartupError(f"The setting {name} cannot be used: {problem}.") from error
