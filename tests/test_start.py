@@ -73,6 +73,8 @@ async def test_the_quick_start_of_the_brief_works_on_a_fresh_clone(clone: Path, 
     try:
         server.wait_until_ready()
         server.wait_for_log("Application startup complete")
+        # It sleeps until a file changes; uvicorn's own looks at every file again and again.
+        assert "using WatchFiles" in server.log
         async with server.client() as client:
             someone = await register(client)
             answer = await client.get("/api/v1/users/me", headers=someone.headers)
@@ -275,7 +277,25 @@ def test_migrate_makes_a_database_fit(clone: Path, clone_env: dict[str, str]) ->
 def test_nonsense_on_the_command_line_is_explained(arguments: list[str], tmp_path: Path) -> None:
     done = run([sys.executable, "-m", "app", *arguments], cwd=tmp_path, env=environment(make_settings()))
     assert done.returncode == 2
-    assert_one_sentence(done.stderr, r"error: .*(a port is a number from 0 to 65535|invalid choice)")
+    assert re.search(r"error: .*(a port is a number from 0 to 65535|invalid choice)", done.stderr)
+    check_log(done.stderr, "the output")
+
+
+def test_make_says_that_it_installs_before_it_does(tmp_path: Path) -> None:
+    python = tmp_path / "venv/bin/python"
+    python.parent.mkdir(parents=True)
+    python.write_text('#!/bin/sh\necho "python $*"\n')
+    python.chmod(0o755)
+    (tmp_path / "venv/.created").touch()
+    command = ["make", "--silent", "--directory", str(ROOT), "run", f"VENV={tmp_path}/venv"]
+    env = {name: value for name, value in environment().items() if not name.startswith("MAKE")}
+    for installs in (True, False):
+        done = run(command, cwd=tmp_path, env=env)
+        assert (done.returncode, done.stderr) == (0, "")
+        lines = done.stdout.splitlines()
+        assert lines[-2:] == ["python -m app migrate", "python -m app"]
+        assert (lines[0].startswith("Installing ") and lines[1].startswith("python -m pip install")) == installs
+        assert len(lines) == (4 if installs else 2)
 
 
 # --- stopping ---------------------------------------------------------------------------------------------------
