@@ -10,6 +10,7 @@ import contextlib
 import logging
 import re
 import secrets
+import sys
 from collections.abc import Iterable
 
 import orjson
@@ -83,7 +84,9 @@ class StartupGuard:
         try:
             await self.app(scope, receive, hold_back)
         except StartupError as error:
-            await send({"type": failed or "lifespan.startup.failed", "message": str(error)})
+            # As every other sentence that ends a start. uvicorn would make a line of the log of it.
+            sys.stderr.write(f"{error}\n")
+            await send({"type": failed or "lifespan.startup.failed", "message": ""})
         except Exception as error:
             log.exception("lifespan_failed")
             await send(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import secrets
 import sys
@@ -200,6 +201,16 @@ class S3Storage:
 def open_storage(settings: Settings) -> Storage:
     """The storage that the settings name."""
     return S3Storage(settings) if settings.s3_bucket else LocalStorage(settings.upload_path)
+
+
+async def check_storage(settings: Settings, storage: Storage) -> str:
+    """Try where files are kept: what to tell of it. Raises StartupError."""
+    clear_incoming(settings.upload_path, older_than_seconds=math.inf)
+    if settings.s3_bucket:
+        return f"ok (the bucket {settings.s3_bucket} was not asked)"  # each request to it costs money
+    if not await storage.works():
+        raise StartupError(f"The folder {settings.upload_path} cannot be written.")
+    return f"ok (the folder {settings.upload_path})"
 
 
 def clear_incoming(root: Path, *, older_than_seconds: float) -> None:
