@@ -21,10 +21,12 @@ $(CREATED):
 	@touch $@
 
 $(RUNTIME): requirements.txt $(CREATED)
+	@echo "Installing what the server needs (a minute or so)..."
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
 
 $(DEV): requirements-dev.txt requirements.txt $(CREATED)
+	@echo "Installing what the server and its tests need (a minute or two)..."
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@ $(RUNTIME)
 

@@ -10,12 +10,12 @@ import asyncio
 import sys
 from collections.abc import Sequence
 
-from app.core.config import MAX_WORKERS, Settings, get_settings
+from app.core.config import MAX_WORKERS, Settings, get_settings, tell_unknown_names
 from app.core.errors import StartupError
-from app.db.database import Database, migrate
+from app.db.database import database_name, migrate
 from app.db.schemas import MAX_ID
 from app.services.bus import BUS_ERRORS, check_redis, redis_client
-from app.services.notification_service import open_firebase
+from app.services.container import check_start
 from app.trace import trace
 from app.workers import serve
 
@@ -25,15 +25,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
     try:
         settings = get_settings()
+        tell_unknown_names()
+        workers = settings.workers if options.workers is None else options.workers
         if options.command == "migrate":
             migrate(settings)
-            print("The database is up to date.")
+            print(f"The database is up to date: {database_name(settings)}.")
         elif options.command == "check":
+            settings.check_workers(workers)
             asyncio.run(check(settings))
         elif options.command == "trace":
             print(asyncio.run(trace(settings, options.message_id, as_json=options.json)))
         else:
-            workers = settings.workers if options.workers is None else options.workers
             settings.check_workers(workers)
             serve(
                 settings,
@@ -81,15 +83,8 @@ def _workers(text: str) -> int:
 async def check(settings: Settings) -> None:
     """Say what would keep the server from starting. Raises StartupError at the first such thing."""
     print(f"settings: ok ({settings.environment})")
-    firebase = open_firebase(settings)
-    if firebase is not None:
-        await firebase.close()
-    print(f"push: {'off' if firebase is None else 'ok (the service account is read; Firebase was not asked)'}")
-    database = Database(settings)
-    try:
-        await database.start()
-    finally:
-        await database.close()
+    async for line in check_start(settings):
+        print(line)
     if settings.redis_url is not None:
         redis = redis_client(settings.redis_url.get_secret_value())
         try:
@@ -99,7 +94,6 @@ async def check(settings: Settings) -> None:
         finally:
             await redis.aclose()
         print("redis: ok")
-    print(f"database: ok ({'MySQL' if settings.uses_mysql else 'SQLite'}, reachable and up to date)")
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from app.api.v1 import (
     users,
 )
 from app.core.clock import Clock
-from app.core.config import Settings, get_settings
+from app.core.config import Settings, get_settings, tell_unknown_names
 from app.core.errors import StartupError
 from app.core.logging import configure_logging
 from app.services.container import Services, build_services
@@ -130,7 +130,9 @@ def root_of(settings: Settings) -> Callable[[], Any]:
 def app_of_this_process() -> FastAPI:
     """For servers that import `app`: settings that cannot be used end the process with a sentence."""
     try:
-        return create_app()
+        settings = get_settings()
+        tell_unknown_names()
+        return create_app(settings)
     except StartupError as error:
         sys.exit(str(error))
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import os
+import socket
 import sys
 import time
 from collections.abc import Callable
-from socket import socket
+from typing import Any
 
 import uvicorn
 from uvicorn.config import STARTUP_FAILURE
@@ -20,6 +22,7 @@ from app.core.config import Settings, get_settings
 from app.core.errors import StartupError
 from app.core.logging import configure_logging
 from app.core.metrics_folder import MetricsFolder, metrics_folder
+from app.services.container import check_start
 
 log = logging.getLogger(__name__)
 
@@ -33,27 +36,114 @@ TICK_SECONDS_MAX = 1.0
 
 
 def serve(settings: Settings, host: str, port: int, workers: int) -> None:
-    """Serve until a signal says stop. Exits with a status other than 0 when the server could not start."""
+    """Serve until a signal says stop.
+
+    Raises StartupError, or exits with a status other than 0, when the server could not start.
+    """
     raise_descriptor_limit()
 
     def configure(settings: Settings) -> TunedConfig:
         return server_config(APPLICATION, settings, host, port, workers)
 
     config = configure(settings)
+    sockets = bind(host, port)
     if workers > 1:
         configure_logging(settings)
+        asyncio.run(_check(settings))  # here, once: the workers would say the same thing each
+        _tell_address(host, sockets)
         with metrics_folder() as folder:
             os.environ |= folder.environment
-            Workers(
-                config, [config.bind_socket()], folder, settings.shutdown_seconds + STOP_SPARE_SECONDS, configure
-            ).run()
+            Workers(config, sockets, folder, settings.shutdown_seconds + STOP_SPARE_SECONDS, configure).run()
         return
-    server = uvicorn.Server(config)
+    server = OneProcess(config)
     # After a stop by Ctrl+C uvicorn lets the signal go on, once all is closed: nothing is left to interrupt.
     with contextlib.suppress(KeyboardInterrupt):
-        server.run()
+        server.run(sockets)
     if not server.started:
         sys.exit(STARTUP_FAILURE)
+
+
+async def _check(settings: Settings) -> None:
+    async for _ in check_start(settings):
+        pass
+
+
+def bind(host: str, port: int) -> list[socket.socket]:
+    """Take the port on every address that a host has, before anything else is begun.
+
+    Raises StartupError with what the operator can do.
+    """
+    sockets: list[socket.socket] = []
+    absent: OSError | None = None
+    try:
+        # As asyncio does where uvicorn leaves it to that. The empty host is all addresses.
+        found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        for family, _, _, _, address in dict.fromkeys(found):
+            if not port and sockets:  # any port, but the same one on all addresses
+                address = (address[0], sockets[0].getsockname()[1], *address[2:])
+            try:
+                sockets.append(_bind(family, address))
+            except OSError as error:
+                if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                    raise
+                absent = error  # localhost is ::1, too, where there is no IPv6
+        if not sockets and absent:
+            raise absent
+    except OSError as error:
+        for bound in sockets:
+            bound.close()
+        raise StartupError(_cannot_bind(host, port, error)) from error
+    return sockets
+
+
+def _bind(family: int, address: Any) -> socket.socket:
+    bound = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        if os.name == "posix":
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            bound.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        bound.bind(address)
+    except OSError:
+        bound.close()
+        raise
+    return bound
+
+
+def _cannot_bind(host: str, port: int, error: OSError) -> str:
+    other = port + 1 if port < 65535 else 8000
+    if isinstance(error, socket.gaierror):
+        return f"The host {host} to listen on is not known; name an address of this machine: --host 127.0.0.1"
+    if error.errno == errno.EADDRINUSE:
+        return (
+            f"Port {port} is taken by another program: stop it, or choose another: python -m app --port {other} "
+            f'(make run ARGS="--port {other}").'
+        )
+    if error.errno == errno.EADDRNOTAVAIL:
+        return f"This machine has no address {host}; name one that it has: --host 127.0.0.1, or 0.0.0.0 for all."
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return f"This user may not listen on port {port}; choose one above 1023: python -m app --port 8000"
+    return f"Port {port} of {host} cannot be used ({error.strerror})."
+
+
+def _tell_address(host: str, sockets: list[socket.socket]) -> None:
+    address, port = sockets[0].getsockname()[:2]
+    host = host or address
+    shown = f"[{host}]" if ":" in host else host
+    logging.getLogger("uvicorn.error").info("Uvicorn running on http://%s:%d (Press CTRL+C to quit)", shown, port)
+
+
+class OneProcess(uvicorn.Server):
+    """The server on sockets that are bound already: uvicorn does not say where it listens then."""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start the application, then listen."""
+        try:
+            await super().startup(sockets)
+        except OSError as error:  # somebody bound the same port at the same time, and listened first
+            await self.lifespan.shutdown()
+            raise StartupError(_cannot_bind(self.config.host, self.config.port, error)) from error
+        _tell_address(self.config.host, sockets or [])
 
 
 def raise_descriptor_limit() -> None:
@@ -75,7 +165,7 @@ class WorkerServer(uvicorn.Server):
         super().__init__(config)
         self._loop: asyncio.AbstractEventLoop | None = None
 
-    async def serve(self, sockets: list[socket] | None = None) -> None:
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         """Serve until a signal says stop."""
         self._loop = asyncio.get_running_loop()
         await super().serve(sockets)
@@ -95,7 +185,7 @@ class WorkerServer(uvicorn.Server):
 class Worker(Process):
     """A process that serves, as its parent sees it."""
 
-    def __init__(self, config: uvicorn.Config, sockets: list[socket], stop_seconds: float) -> None:
+    def __init__(self, config: uvicorn.Config, sockets: list[socket.socket], stop_seconds: float) -> None:
         super().__init__(config, sockets)
         self.stop_seconds = stop_seconds
         """How long it may take to end."""
@@ -154,7 +244,7 @@ class Workers(Multiprocess):
     def __init__(
         self,
         config: TunedConfig,
-        sockets: list[socket],
+        sockets: list[socket.socket],
         folder: MetricsFolder,
         stop_seconds: float,
         configure: Callable[[Settings], TunedConfig],

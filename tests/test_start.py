@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import errno
 import re
 import shutil
 import signal
@@ -11,14 +13,21 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
+from urllib.parse import unquote, urlsplit
 
 import httpx
+import pymysql
 import pytest
+from sqlalchemy import create_engine, text
 
-from app.core.config import Settings
+import app
+from app.core.config import COMPOSE_NAMES, Settings
+from app.core.errors import StartupError
+from app.db.database import database_name, database_url
+from app.workers import bind
 from tests.conftest import StartServer
 from tests.support.accounts import new_person, register
-from tests.support.databases import SECRET_KEY, make_settings
+from tests.support.databases import MYSQL_URL, SECRET_KEY, make_settings
 from tests.support.images import image
 from tests.support.people import people
 from tests.support.redis_server import RedisServer
@@ -58,8 +67,10 @@ def dead_mysql(tmp_path: Path) -> Iterator[Settings]:
 
 
 def assert_one_sentence(output: str, pattern: str) -> None:
-    """The sentence stands there once, for people to read, and there is no traceback."""
-    assert len(re.findall(pattern, output)) == 1, output
+    """The sentence is all there is, whatever `check` found well before it."""
+    lines = [line for line in output.splitlines() if not re.match(r"(settings|push|storage): (ok|off)", line)]
+    assert len(lines) == 1, output
+    assert re.search(pattern, lines[0]), output
     check_log(output, "the output")
 
 
@@ -74,6 +85,8 @@ async def test_the_quick_start_of_the_brief_works_on_a_fresh_clone(clone: Path, 
     try:
         server.wait_until_ready()
         server.wait_for_log("Application startup complete")
+        # It sleeps until a file changes; uvicorn's own looks at every file again and again.
+        assert "using WatchFiles" in server.log
         async with server.client() as client:
             someone = await register(client)
             answer = await client.get("/api/v1/users/me", headers=someone.headers)
@@ -163,6 +176,90 @@ def test_a_database_without_tables_is_one_sentence(door: Door, clone: Path, clon
     done = run(COMMANDS[door], cwd=clone, env=clone_env)
     assert done.returncode != 0
     assert_one_sentence(done.stdout + done.stderr, r"The database is empty; run: python -m app migrate")
+
+
+OPERATORS: list[Door | Literal["check", "migrate"]] = [*DOORS, "check", "migrate"]
+
+
+def operate(door: Door | Literal["check", "migrate"]) -> list[str]:
+    """How a server, or one of the operator's commands, is started."""
+    return COMMANDS[door] if door in DOORS else [sys.executable, "-m", "app", door]
+
+
+@pytest.fixture
+def newer(settings: Settings) -> Iterator[Settings]:
+    """A database that a later version of the server has migrated."""
+    engine = create_engine(database_url(settings, driver="sync"))
+    with engine.begin() as connection:
+        known = connection.execute(text("SELECT version_num FROM alembic_version")).scalar_one()
+        connection.execute(text("UPDATE alembic_version SET version_num = '0099'"))
+    yield settings
+    with engine.begin() as connection:
+        connection.execute(text("UPDATE alembic_version SET version_num = :known"), {"known": known})
+    engine.dispose()
+
+
+@pytest.mark.parametrize("door", OPERATORS)
+def test_a_database_of_a_newer_version_is_one_sentence(
+    door: Door | Literal["check", "migrate"], newer: Settings, tmp_path: Path
+) -> None:
+    done = run(operate(door), cwd=tmp_path, env=environment(newer))
+    assert done.returncode != 0
+    assert_one_sentence(
+        done.stdout + done.stderr,
+        r"^The database belongs to a newer Dialect \(revision 0099\): install that version, or restore the backup.$",
+    )
+
+
+@pytest.mark.parametrize("door", [*DOORS, "check"])
+def test_a_missing_mysql_database_is_one_sentence(
+    door: Door | Literal["check"], mysql_settings: Settings, tmp_path: Path
+) -> None:
+    done = run(operate(door), cwd=tmp_path, env=environment(mysql_settings, DB_NAME="dialect_nowhere"))
+    assert done.returncode != 0
+    assert_one_sentence(
+        done.stdout + done.stderr, r"^MySQL at .* has no database dialect_nowhere yet; run: python -m app migrate$"
+    )
+
+
+@pytest.mark.parametrize("door", OPERATORS)
+def test_a_password_that_mysql_refuses_is_one_sentence(
+    door: Door | Literal["check", "migrate"], mysql_settings: Settings, tmp_path: Path
+) -> None:
+    env = environment(mysql_settings, DB_USER="nobody_here", DB_PASSWORD="Hollow-mountain-77")
+    done = run(operate(door), cwd=tmp_path, env=env)
+    assert done.returncode != 0
+    output = done.stdout + done.stderr
+    assert_one_sentence(output, r"^MySQL at .* refuses this DB_USER or DB_PASSWORD \(the user is nobody_here\)\.$")
+    assert "Hollow-mountain-77" not in output
+
+
+@pytest.fixture
+def poor_user(mysql_settings: Settings) -> Iterator[str]:
+    """A user of MySQL who may do nothing."""
+    url = urlsplit(MYSQL_URL)
+    connection = pymysql.connect(
+        host=url.hostname, port=url.port or 3306, user=unquote(url.username or ""), password=unquote(url.password or "")
+    )
+    with connection.cursor() as cursor:
+        cursor.execute("DROP USER IF EXISTS dialect_poor")
+        cursor.execute("CREATE USER dialect_poor IDENTIFIED BY 'Hollow-mountain-77'")
+        yield "dialect_poor"
+        cursor.execute("DROP USER dialect_poor")
+    connection.close()
+
+
+@pytest.mark.parametrize("door", OPERATORS)
+def test_a_mysql_user_without_rights_is_one_sentence(
+    door: Door | Literal["check", "migrate"], mysql_settings: Settings, poor_user: str, tmp_path: Path
+) -> None:
+    env = environment(mysql_settings, DB_USER=poor_user, DB_PASSWORD="Hollow-mountain-77", DB_NAME="dialect_elsewhere")
+    done = run(operate(door), cwd=tmp_path, env=env)
+    assert done.returncode != 0
+    assert_one_sentence(
+        done.stdout + done.stderr,
+        r"^MySQL at .* does not let the user dialect_poor use or create the database dialect_elsewhere: ",
+    )
 
 
 @pytest.mark.parametrize("door", DOORS)
@@ -257,7 +354,13 @@ def test_a_short_key_is_refused(door: Door, clone: Path, clone_env: dict[str, st
 
 @pytest.mark.parametrize("door", DOORS)
 @pytest.mark.parametrize(
-    ("name", "value"), [("DB_PORT", "many"), ("ALGORITHM", "none"), ("LIMIT_LOGIN_PER_IP", "often")]
+    ("name", "value"),
+    [
+        ("DB_PORT", "many"),
+        ("ALGORITHM", "none"),
+        ("LIMIT_LOGIN_PER_IP", "often"),
+        ("S3_ENDPOINT_URL", "127.0.0.1:9"),
+    ],
 )
 def test_a_setting_that_cannot_be_read_is_one_sentence(
     door: Door, name: str, value: str, clone: Path, clone_env: dict[str, str]
@@ -265,6 +368,107 @@ def test_a_setting_that_cannot_be_read_is_one_sentence(
     done = run(COMMANDS[door], cwd=clone, env=clone_env | {name: value})
     assert done.returncode != 0
     assert_one_sentence(done.stdout + done.stderr, rf"The setting {name} cannot be used")
+
+
+@pytest.mark.parametrize("door", [*DOORS, "check"])
+@pytest.mark.parametrize(
+    ("variables", "pattern"),
+    [
+        ({"UPLOAD_PATH": "/proc/uploads"}, r"^The folder /proc/uploads cannot be written \("),
+        ({"UPLOAD_PATH": "alembic.ini"}, r"^The folder alembic.ini cannot be written \("),
+        ({"S3_BUCKET": "files", "S3_ACCESS_KEY_ID": "half"}, r"^The bucket files cannot be used \("),
+        ({"ALGORITHM": "HS512", "SECRET_KEY": SECRET_KEY}, r"^SECRET_KEY has 48 bytes; HS512 needs 64"),
+    ],
+    ids=["no folder", "a file", "half a key", "short for the algorithm"],
+)
+def test_what_the_server_refuses_check_refuses_by_the_same_sentence(
+    door: Door | Literal["check"], variables: dict[str, str], pattern: str, clone: Path, clone_env: dict[str, str]
+) -> None:
+    assert run(MIGRATE, cwd=clone, env=clone_env).returncode == 0
+    done = run(operate(door), cwd=clone, env=clone_env | variables)
+    assert done.returncode != 0
+    assert_one_sentence(done.stdout + done.stderr, pattern)
+
+
+def test_check_refuses_several_workers_on_sqlite(clone: Path, clone_env: dict[str, str]) -> None:
+    done = run(operate("check"), cwd=clone, env=clone_env | {"WORKERS": "2"})
+    assert done.returncode != 0
+    assert_one_sentence(done.stdout + done.stderr, "^2 workers need MySQL")
+
+
+@pytest.mark.parametrize("command", [*COMMANDS.values(), operate("check"), MIGRATE], ids=[*COMMANDS, "check", "tables"])
+def test_without_the_dependencies_every_command_says_so(
+    command: list[str], clone: Path, clone_env: dict[str, str]
+) -> None:
+    if "uvicorn" in command:
+        pytest.skip("which is one of them")
+    done = run([command[0], "-S", *command[1:]], cwd=clone, env=clone_env)  # without site-packages
+    assert done.returncode == 1
+    assert_one_sentence(
+        done.stdout + done.stderr,
+        r"^The dependencies are not installed in this Python \(\w+ is missing\): source venv/bin/activate, ",
+    )
+
+
+def test_an_older_python_says_so(clone: Path, clone_env: dict[str, str]) -> None:
+    older = "import sys; sys.version_info = (3, 10, 12, 'final', 0); import app"
+    done = run([sys.executable, "-S", "-c", older], cwd=clone, env=clone_env)
+    assert done.returncode == 1
+    assert_one_sentence(done.stdout + done.stderr, r"^Dialect needs Python 3.11 or newer, and this is 3.10: ")
+    ast.parse((ROOT / "app/__init__.py").read_text(encoding="utf-8"), feature_version=(3, 7))
+
+
+def test_every_dependency_of_the_code_is_looked_for() -> None:
+    imported: set[str] = set()
+    for path in (ROOT / "app").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                imported.add(node.module.partition(".")[0])
+    assert imported - {"app"} - sys.stdlib_module_names - set(app.DEPENDENCIES) == set()
+
+
+@pytest.mark.parametrize("door", OPERATORS)
+@pytest.mark.parametrize("content", [b"SECRET_KEY=\xff\xfe", None], ids=["no text", "no access"])
+def test_an_env_file_that_cannot_be_read_is_one_sentence(
+    content: bytes | None, door: Door | Literal["check", "migrate"], clone: Path, clone_env: dict[str, str]
+) -> None:
+    if content is None:
+        (clone / ".env").symlink_to("/proc/self/mem")  # which not even root can read from its beginning
+    else:
+        (clone / ".env").write_bytes(content)
+    done = run(operate(door), cwd=clone, env=clone_env)
+    assert done.returncode != 0
+    assert_one_sentence(done.stdout + done.stderr, r"^`\.env` cannot be read \((it is not UTF-8|Input/output)")
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_a_key_file_with_other_text_is_one_sentence(door: Door, clone: Path, clone_env: dict[str, str]) -> None:
+    (clone / ".secret_key").write_text("ключ " * 20, encoding="utf-8")
+    done = run(COMMANDS[door], cwd=clone, env=clone_env)
+    assert done.returncode != 0
+    assert_one_sentence(done.stdout + done.stderr, r"^\.secret_key holds no usable key; delete it and start again\.$")
+
+
+@pytest.mark.parametrize("door", OPERATORS)
+def test_names_in_the_env_file_that_are_no_settings_are_told_once(
+    door: Door | Literal["check", "migrate"], clone: Path, clone_env: dict[str, str]
+) -> None:
+    lines = ["DB_PASSWORDD=Hollow-mountain-77", "Log_Level=INFO", "MYSQL_ROOT_PASSWORD=Hollow-mountain-77"]
+    # The last two are what is left of a secret that was broken in two.
+    (clone / ".env").write_text("\n".join([*lines, "FLAVOUR=sweet", "hollowmountain", "Hollow=mountain"]))
+    done = run(operate(door), cwd=clone, env=clone_env)
+    assert done.stderr.splitlines()[:1] == [
+        "Warning: `.env` has names that are no settings: DB_PASSWORDD (is it DB_PASSWORD?), FLAVOUR."
+    ]
+    assert done.stderr.count("Warning") == 1
+    assert "ollow" not in done.stderr
+
+
+def test_the_names_of_compose_in_the_env_file_are_known() -> None:
+    names = set(re.findall(r"\$\{([A-Z_]+)", (ROOT / "compose.yaml").read_text(encoding="utf-8")))
+    assert names - {name.upper() for name in Settings.model_fields} == COMPOSE_NAMES
 
 
 @pytest.mark.parametrize("door", DOORS)
@@ -279,21 +483,78 @@ def test_a_second_server_on_one_sqlite_file_is_refused(
     assert_one_sentence(second.log, r"Another server is using .*dialect.db")
 
 
+def test_a_database_in_use_is_not_migrated_on_sqlite(
+    settings: Settings, start_server: StartServer, tmp_path: Path
+) -> None:
+    if settings.uses_mysql:
+        pytest.skip("there the server of the version before runs on the new schema")
+    start_server(settings)
+    done = run(operate("migrate"), cwd=tmp_path, env=environment(settings))
+    assert (done.returncode, done.stderr) == (0, "")  # nothing to do
+    engine = create_engine(database_url(settings, driver="sync"))
+    with engine.begin() as connection:
+        connection.execute(text("UPDATE alembic_version SET version_num = '0001'"))
+    engine.dispose()
+    done = run(operate("migrate"), cwd=tmp_path, env=environment(settings))
+    assert done.returncode != 0
+    assert_one_sentence(done.stdout + done.stderr, r"^Another server is using .*dialect.db")
+
+
 async def test_a_killed_server_leaves_no_lock_behind(settings: Settings, start_server: StartServer) -> None:
     start_server(settings).kill()
     async with start_server(settings).client() as client:
         assert (await client.get("/health/ready")).status_code == 200
 
 
-def test_a_taken_port_is_told_without_a_traceback(settings: Settings, tmp_path: Path) -> None:
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_taken_port_is_one_sentence_with_a_way_out(workers: str, tmp_path: Path) -> None:
+    # Before anything else is begun: there is neither this database nor this Redis.
+    values = {"DB_NAME": "nowhere", "DB_PORT": "1", "REDIS_URL": "redis://127.0.0.1:1"}
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        command = [sys.executable, "-m", "app", "--host", "127.0.0.1", "--port", str(port)]
-        done = run(command, cwd=tmp_path, env=environment(settings))
+        command = [sys.executable, "-m", "app", "--host", "127.0.0.1", "--port", str(port), "--workers", workers]
+        done = run(command, cwd=tmp_path, env=environment(make_settings(), **values))
     assert done.returncode != 0
-    assert_one_sentence(done.stdout + done.stderr, r"address already in use")
+    assert_one_sentence(
+        done.stdout + done.stderr,
+        rf"^Port {port} is taken by another program: stop it, or choose another: python -m app --port {port + 1} ",
+    )
+
+
+@pytest.mark.parametrize(
+    ("host", "says"),
+    [("192.0.2.1", "This machine has no address 192.0.2.1;"), ("nowhere.invalid", "The host nowhere.invalid")],
+)
+def test_a_host_that_is_not_this_machine_is_one_sentence(host: str, says: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "app", "--host", host, "--port", "0"]
+    done = run(command, cwd=tmp_path, env=environment(make_settings()))
+    assert done.returncode != 0
+    assert_one_sentence(done.stdout + done.stderr, f"^{says} .*--host 127.0.0.1")
+
+
+def test_a_port_that_only_root_may_use_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Refused(socket.socket):
+        def bind(self, _address: object) -> None:
+            raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(socket, "socket", Refused)
+    with pytest.raises(StartupError, match="This user may not listen on port 80; choose one above 1023"):
+        bind("127.0.0.1", 80)
+
+
+def test_any_port_is_the_same_one_on_all_addresses_of_a_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    two = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, 0)) for address in ("127.0.0.1", "127.0.0.2")]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: two)
+    bound = bind("here", 0)
+    try:
+        first, second = (one.getsockname() for one in bound)
+        assert (first[0], second[0]) == ("127.0.0.1", "127.0.0.2")
+        assert first[1] == second[1] != 0
+    finally:
+        for one in bound:
+            one.close()
 
 
 # --- the operator's commands ------------------------------------------------------------------------------------
@@ -302,12 +563,21 @@ def test_a_taken_port_is_told_without_a_traceback(settings: Settings, tmp_path: 
 def test_check_says_what_is_fit(settings: Settings, tmp_path: Path) -> None:
     done = run([sys.executable, "-m", "app", "check"], cwd=tmp_path, env=environment(settings))
     assert (done.returncode, done.stderr) == (0, "")
-    engine = "MySQL" if settings.uses_mysql else "SQLite"
+    if settings.uses_mysql:
+        database = f"MySQL {settings.db_host}:{settings.db_port}/{settings.db_name}"
+    else:
+        database = f"SQLite {tmp_path}/dialect.db"
     assert done.stdout.splitlines() == [
         "settings: ok (development)",
         "push: off",
-        f"database: ok ({engine}, reachable and up to date)",
+        f"storage: ok (the folder {settings.upload_path})",
+        f"database: ok ({database}, reachable and up to date)",
     ]
+
+
+def test_the_server_says_which_database_it_uses(server: Server, settings: Settings) -> None:
+    [line] = [line for line in server.log.splitlines() if '"event":"started"' in line]
+    assert f'"database":"{database_name(settings)}"' in line
 
 
 def test_check_says_what_is_missing(clone: Path, clone_env: dict[str, str]) -> None:
@@ -328,7 +598,11 @@ def test_check_of_an_empty_database_says_what_the_page_for_operators_shows(
 def test_migrate_makes_a_database_fit(clone: Path, clone_env: dict[str, str]) -> None:
     for _ in range(2):
         done = run([sys.executable, "-m", "app", "migrate"], cwd=clone, env=clone_env)
-        assert (done.returncode, done.stdout, done.stderr) == (0, "The database is up to date.\n", "")
+        assert (done.returncode, done.stdout, done.stderr) == (
+            0,
+            "The database is up to date: SQLite dialect.db.\n",
+            "",
+        )
     assert run([sys.executable, "-m", "app", "check"], cwd=clone, env=clone_env).returncode == 0
 
 
@@ -336,7 +610,25 @@ def test_migrate_makes_a_database_fit(clone: Path, clone_env: dict[str, str]) ->
 def test_nonsense_on_the_command_line_is_explained(arguments: list[str], tmp_path: Path) -> None:
     done = run([sys.executable, "-m", "app", *arguments], cwd=tmp_path, env=environment(make_settings()))
     assert done.returncode == 2
-    assert_one_sentence(done.stderr, r"error: .*(a port is a number from 0 to 65535|invalid choice)")
+    assert re.search(r"error: .*(a port is a number from 0 to 65535|invalid choice)", done.stderr)
+    check_log(done.stderr, "the output")
+
+
+def test_make_says_that_it_installs_before_it_does(tmp_path: Path) -> None:
+    python = tmp_path / "venv/bin/python"
+    python.parent.mkdir(parents=True)
+    python.write_text('#!/bin/sh\necho "python $*"\n')
+    python.chmod(0o755)
+    (tmp_path / "venv/.created").touch()
+    command = ["make", "--silent", "--directory", str(ROOT), "run", f"VENV={tmp_path}/venv"]
+    env = {name: value for name, value in environment().items() if not name.startswith("MAKE")}
+    for installs in (True, False):
+        done = run(command, cwd=tmp_path, env=env)
+        assert (done.returncode, done.stderr) == (0, "")
+        lines = done.stdout.splitlines()
+        assert lines[-2:] == ["python -m app migrate", "python -m app"]
+        assert (lines[0].startswith("Installing ") and lines[1].startswith("python -m pip install")) == installs
+        assert len(lines) == (4 if installs else 2)
 
 
 # --- stopping ---------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import logging
 import math
 import re
 import secrets
+import sys
 from collections.abc import Iterable
 
 import orjson
@@ -84,7 +85,9 @@ class StartupGuard:
         try:
             await self.app(scope, receive, hold_back)
         except StartupError as error:
-            await send({"type": failed or "lifespan.startup.failed", "message": str(error)})
+            # As every other sentence that ends a start. uvicorn would make a line of the log of it.
+            sys.stderr.write(f"{error}\n")
+            await send({"type": failed or "lifespan.startup.failed", "message": ""})
         except Exception as error:
             log.exception("lifespan_failed")
             await send(

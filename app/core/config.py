@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import os
+import re
 import secrets
+import sys
 import tempfile
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, SecretStr, field_validator, model_validator
+from dotenv import dotenv_values
+from limits import parse
+from pydantic import AfterValidator, Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from app.core.errors import StartupError
+from app.core.metrics_folder import FOLDER_NAME
 
 PLACEHOLDER_SECRETS = frozenset({"", "your_super_secret_key_here_min_32_chars", "changeme", "secret"})
 MIN_SECRET_BYTES = 32
@@ -21,6 +27,23 @@ MIN_SECRET_BYTES = 32
 
 MAX_WORKERS = 64
 
+_NAME = re.compile(r"[A-Z][A-Z0-9_]{0,63}|[a-z][a-z0-9_]{0,63}")
+COMPOSE_NAMES = frozenset(
+    {"DIALECT_SERVER_NAME", "DIALECT_TAG", "EDGE_SUBNET", "MYSQL_ROOT_PASSWORD", "SERVER_PORT", "TLS_FOLDER"}
+)
+"""Names in `.env` that are compose.yaml's and no settings of the server."""
+
+
+def _rate(text: str) -> str:
+    if text.strip():
+        try:
+            parse(text)
+        except ValueError:
+            raise ValueError("write it like 10/minute, or leave it empty") from None
+    return text
+
+
+Rate = Annotated[str, AfterValidator(_rate)]
 CommaList = Annotated[list[str], NoDecode]
 
 
@@ -34,11 +57,14 @@ class Settings(BaseSettings):
     )
 
     # Database: MySQL when DB_NAME or DB_HOST or DB_USER is set, otherwise one SQLite file.
-    db_user: str | None = Field(None, description="MySQL user.")
+    db_user: str | None = Field(None, description="MySQL user; `root` where another DB_* name is set.")
     db_password: SecretStr = Field(SecretStr(""), description="MySQL password.")
-    db_host: str | None = Field(None, description="MySQL host.")
+    db_host: str | None = Field(None, description="MySQL host; `localhost` where another DB_* name is set.")
     db_port: int = Field(3306, ge=1, le=65535, description="MySQL port.")
-    db_name: str | None = Field(None, description="MySQL database; created when missing.")
+    db_name: str | None = Field(
+        None,
+        description="MySQL database; `dialect_db` where another DB_* name is set. `python -m app migrate` creates it.",
+    )
     sqlite_path: Path = Field(Path("dialect.db"), description="The SQLite file, when no DB_* name is set.")
     db_pool_size: int = Field(10, ge=2, le=500, description="Connections kept to MySQL.")
     db_timeout_seconds: float = Field(
@@ -100,7 +126,7 @@ class Settings(BaseSettings):
     image_processes: int = Field(1, ge=1, le=32, description="Images decoded at the same time, each in its process.")
     unattached_file_hours: float = Field(24, gt=0, description="A file that no message holds is deleted after this.")
     s3_bucket: str = Field("", description="Keeps files in this bucket of an S3-compatible store instead.")
-    s3_endpoint_url: str = Field("", description="Of a store that is not Amazon's.")
+    s3_endpoint_url: str = Field("", description="Of a store that is not Amazon's: http://… or https://…")
     s3_region: str = Field("us-east-1", description="Region of the bucket.")
     s3_access_key_id: str = Field("", description="Empty: as the environment of AWS says.")
     s3_secret_access_key: SecretStr = Field(SecretStr(""), description="Secret of that key.")
@@ -216,16 +242,16 @@ class Settings(BaseSettings):
     )
 
     # Rate limits: `N/period` as the `limits` library reads them; empty switches one off.
-    limit_register_per_ip: str = Field("30/hour", description="Registrations from one address.")
-    limit_login_per_ip: str = Field("60/minute", description="Logins from one address.")
-    limit_login_per_account_and_ip: str = Field("10/minute", description="Logins of one account from one address.")
-    limit_login_failures_per_account: str = Field("100/day", description="Wrong passwords of one account.")
-    limit_refresh_per_ip: str = Field("120/minute", description="Refreshes from one address.")
-    limit_chats_created_per_user: str = Field("300/hour", description="Chats one account may create.")
-    limit_uploads_per_user: str = Field("60/minute", description="Files one account may upload.")
-    limit_search_per_user: str = Field("60/minute", description="Searches of one account.")
-    limit_username_checks_per_ip: str = Field("100/minute", description="Availability look-ups from one address.")
-    limit_requests_per_user: str = Field("50/second", description="REST requests of one account.")
+    limit_register_per_ip: Rate = Field("30/hour", description="Registrations from one address.")
+    limit_login_per_ip: Rate = Field("60/minute", description="Logins from one address.")
+    limit_login_per_account_and_ip: Rate = Field("10/minute", description="Logins of one account from one address.")
+    limit_login_failures_per_account: Rate = Field("100/day", description="Wrong passwords of one account.")
+    limit_refresh_per_ip: Rate = Field("120/minute", description="Refreshes from one address.")
+    limit_chats_created_per_user: Rate = Field("300/hour", description="Chats one account may create.")
+    limit_uploads_per_user: Rate = Field("60/minute", description="Files one account may upload.")
+    limit_search_per_user: Rate = Field("60/minute", description="Searches of one account.")
+    limit_username_checks_per_ip: Rate = Field("100/minute", description="Availability look-ups from one address.")
+    limit_requests_per_user: Rate = Field("50/second", description="REST requests of one account.")
     limit_connects_per_second: float = Field(1000, ge=0, description="Sockets opened a second, of one process.")
     limit_connects_burst: int = Field(2000, ge=1, description="Sockets opened at once, of one process.")
     limit_connects_per_ip_per_second: float = Field(20, ge=0, description="Sockets opened a second from one address.")
@@ -264,6 +290,13 @@ class Settings(BaseSettings):
     def _redis_scheme(cls, value: SecretStr | None) -> SecretStr | None:
         if value is not None and not value.get_secret_value().startswith(("redis://", "rediss://")):
             raise ValueError("it starts with redis:// or rediss://")
+        return value
+
+    @field_validator("s3_endpoint_url")
+    @classmethod
+    def _endpoint_scheme(cls, value: str) -> str:
+        if value and not value.startswith(("http://", "https://")):
+            raise ValueError("it starts with http:// or https://")
         return value
 
     @model_validator(mode="after")
@@ -306,10 +339,10 @@ def _development_key(path: Path) -> str:
             with contextlib.suppress(FileExistsError):  # the other process was first; its key is as good
                 os.link(aside, path)
             os.unlink(aside)
-        key = path.read_text(encoding="ascii").strip()
+        key = path.read_text(encoding="utf-8", errors="replace").strip()
     except OSError as error:
         raise StartupError(f"No SECRET_KEY is set and {path} cannot be used ({error.strerror}).") from error
-    if len(key) < MIN_SECRET_BYTES:
+    if len(key) < MIN_SECRET_BYTES or not key.isascii():
         raise StartupError(f"{path} holds no usable key; delete it and start again.")
     return key
 
@@ -324,7 +357,38 @@ def get_settings() -> Settings:
 
     try:
         return Settings()
+    except (OSError, UnicodeDecodeError) as error:
+        problem = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise StartupError(f"`{_env_file()}` cannot be read ({problem}).") from error
     except ValidationError as error:
         first = error.errors(include_input=False)[0]
         name = ".".join(str(part) for part in first["loc"]).upper()
-        raise StartupError(f"The setting {name} cannot be used: {first['msg']}.") from error
+        problem = first["msg"].removeprefix("Value error, ")
+        raise StartupError(f"The setting {name} cannot be used: {problem}.") from error
+
+
+@lru_cache(maxsize=1)
+def tell_unknown_names() -> None:
+    """Say on stderr, once, which names in `.env` are no settings: one letter too many, and nobody hears of it."""
+    if FOLDER_NAME in os.environ:
+        return  # one of several workers: their parent has told
+    if warning := _unknown_names():
+        sys.stderr.write(f"Warning: {warning}\n")
+
+
+def _unknown_names() -> str:
+    known = {name.upper() for name in Settings.model_fields} | COMPOSE_NAMES
+    path = _env_file()
+    written = dotenv_values(path, encoding="utf-8") if path is not None and path.is_file() else {}
+    unknown = []
+    for name, value in written.items():
+        # What looks like no name may be the rest of a secret that was broken in two.
+        if value is not None and name.upper() not in known and _NAME.fullmatch(name):
+            similar = difflib.get_close_matches(name.upper(), known, n=1, cutoff=0.8)
+            unknown.append(f"{name} (is it {similar[0]}?)" if similar else name)
+    return f"`{path}` has names that are no settings: {', '.join(unknown)}." if unknown else ""
+
+
+def _env_file() -> Path | None:
+    name = Settings.model_config.get("env_file")
+    return Path(name) if isinstance(name, (str, Path)) else None

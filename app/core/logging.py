@@ -48,6 +48,7 @@ _PHONE = re.compile(r"(\+|%2[Bb])\d[\d() -]{5,18}(\d{2})(?!\d)")
 _CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160), 0x2028, 0x2029)}
 _CONTROLS |= {0x0A: "\\n", 0x0D: "\\r", 0x09: "\\t", 0x2028: "\\u2028", 0x2029: "\\u2029"}
 # uvicorn logs a WebSocket's path with its query, where even the token's name may be spelled with % signs.
+_START_UP = ("Started server process", "Waiting for application startup", "Application startup failed")
 _UVICORN_QUERY = re.compile(r"\?[^\s\"]*")
 
 
@@ -151,6 +152,8 @@ class _UvicornFilter(logging.Filter):
         message = record.getMessage()
         if message == "ASGI callable returned without completing handshake.":
             return False  # what uvicorn 0.54 thinks of every handshake that was refused with an answer
+        if message.startswith(_START_UP):
+            return False  # around the one sentence of a start that fails; one that succeeds has a line of ours
         if message.startswith("Invalid UTF-8 sequence"):
             record.exc_info = None
             record.levelno, record.levelname = logging.INFO, "INFO"

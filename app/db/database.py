@@ -36,7 +36,15 @@ from sqlalchemy.util import await_only
 from app.core import metrics
 from app.core.config import Settings, get_settings
 from app.core.errors import StartupError, Unavailable
-from app.db.errors import DATABASE_ERRORS, describe, is_lock_conflict, is_outdated, is_transient, unavailable
+from app.db.errors import (
+    DATABASE_ERRORS,
+    describe,
+    is_lock_conflict,
+    is_outdated,
+    is_transient,
+    mysql_code,
+    unavailable,
+)
 from app.db.log_connection import SQLITE_PRAGMAS, LogConnection, MySQLLogConnection, SQLiteLogConnection
 
 log = logging.getLogger(__name__)
@@ -73,6 +81,14 @@ def database_url(settings: Settings, *, driver: Literal["async", "sync"]) -> URL
         database=settings.db_name or "dialect_db",
         query={"charset": "utf8mb4"},
     )
+
+
+def database_name(settings: Settings) -> str:
+    """Which database the settings lead to, for people."""
+    if not settings.uses_mysql:
+        return f"SQLite {settings.sqlite_path}"
+    url = database_url(settings, driver="sync")
+    return f"MySQL {url.host}:{url.port}/{url.database}"
 
 
 class _InOneLine(logging.Filter):
@@ -248,7 +264,7 @@ class Database:
         is in use by another server.
         """
         if not self.is_mysql:
-            self._lock_sqlite()
+            self._lock_file = _lock_sqlite(self.settings.sqlite_path)
         try:
             async with self.read_engine.connect() as connection:
                 await connection.run_sync(_check_migrated)
@@ -426,20 +442,29 @@ class Database:
             return False
         return True
 
-    def _lock_sqlite(self) -> None:
-        path = self.settings.sqlite_path
-        try:
-            # Held for the life of the process and freed by the kernel, even after kill -9.
-            self._lock_file = open(f"{path}.lock", "w")  # noqa: SIM115 - outlives this block
-            _lock_now(self._lock_file)
-            _make_private(path)
-        except BlockingIOError as error:
-            raise StartupError(
-                f"Another server is using {path}. SQLite serves one process: stop the other one, "
-                "or set the DB_* names to use MySQL for several workers."
-            ) from error
-        except OSError as error:
-            raise StartupError(f"{path} cannot be written ({error.strerror}).") from error
+
+def _lock_sqlite(path: Path) -> IO[str]:
+    """The lock of an SQLite file: held until it is closed, and freed by the kernel, even after kill -9.
+
+    Makes the file where it is missing. Raises StartupError when somebody else holds it.
+    """
+    try:
+        file = open(f"{path}.lock", "w")  # noqa: SIM115 - outlives this function
+    except OSError as error:
+        raise StartupError(f"{path} cannot be written ({error.strerror}).") from error
+    try:
+        _lock_now(file)
+        _make_private(path)
+    except BlockingIOError as error:
+        file.close()
+        raise StartupError(
+            f"Another server is using {path}. SQLite serves one process: stop the other one, "
+            "or set the DB_* names to use MySQL for several workers."
+        ) from error
+    except OSError as error:
+        file.close()
+        raise StartupError(f"{path} cannot be locked ({error.strerror}).") from error
+    return file
 
 
 def _make_private(path: Path) -> None:
@@ -519,11 +544,28 @@ def _queue_for(lock: asyncio.Lock, engine: AsyncEngine) -> None:
 
 
 def _check_migrated(connection: Connection) -> None:
-    script = ScriptDirectory.from_config(alembic_config())
+    if _revisions(connection) == _newest_revisions():
+        return
+    state = "has another version than this server" if _revisions(connection) else "is empty"
+    raise StartupError(f"The database {state}; run: python -m app migrate")
+
+
+def _revisions(connection: Connection) -> set[str]:
+    """What the database was migrated to; nothing when it is empty. Raises StartupError when we do not know it."""
     current = set(MigrationContext.configure(connection).get_current_heads())
-    if current != set(script.get_heads()):
-        state = "is empty" if not current else "has another version than this server"
-        raise StartupError(f"The database {state}; run: python -m app migrate")
+    script = ScriptDirectory.from_config(alembic_config())
+    if current != set(script.get_heads()):  # else all of them need not be loaded
+        unknown = current - {revision.revision for revision in script.walk_revisions()}
+        if unknown:
+            raise StartupError(
+                f"The database belongs to a newer Dialect (revision {', '.join(sorted(unknown))}): "
+                "install that version, or restore the backup."
+            )
+    return current
+
+
+def _newest_revisions() -> set[str]:
+    return set(ScriptDirectory.from_config(alembic_config()).get_heads())
 
 
 def _check_mysql(connection: Connection) -> None:
@@ -549,8 +591,20 @@ def _check_sqlite(connection: Connection) -> None:
 def unreachable(settings: Settings, error: BaseException) -> str:
     """One sentence about a database that cannot be used."""
     if settings.uses_mysql:
-        where = f"MySQL at {settings.db_host or 'localhost'}:{settings.db_port}"
-        return f"{where} cannot be used ({describe(error)}); check the DB_* settings and that it is running."
+        url = database_url(settings, driver="sync")
+        where = f"MySQL at {url.host}:{url.port}"
+        match mysql_code(error):
+            case 1049:
+                return f"{where} has no database {url.database} yet; run: python -m app migrate"
+            case 1045 | 1698:
+                return f"{where} refuses this DB_USER or DB_PASSWORD (the user is {url.username})."
+            case 1044:
+                return (
+                    f"{where} does not let the user {url.username} use or create the database {url.database}: "
+                    "create it, and GRANT that user its rights (docs/operations.md, MySQL)."
+                )
+            case _:
+                return f"{where} cannot be used ({describe(error)}); check the DB_* settings and that it is running."
     return f"The SQLite file {settings.sqlite_path} cannot be used ({describe(error)})."
 
 
@@ -576,7 +630,11 @@ def create_all_tables() -> None:
 
 
 def migrate(settings: Settings, revision: str = "head") -> None:
-    """Bring the schema to `revision`. Raises StartupError when the database cannot be used."""
+    """Bring the schema to `revision`.
+
+    Raises StartupError when the database cannot be used, or when it is SQLite, there is something to change, and a
+    server is using it.
+    """
     url = database_url(settings, driver="sync")
     try:
         if settings.uses_mysql:
@@ -585,11 +643,14 @@ def migrate(settings: Settings, revision: str = "head") -> None:
             _make_private(settings.sqlite_path)
         engine = create_engine(url, poolclass=NullPool)
         try:
-            with engine.connect() as connection:
+            with contextlib.ExitStack() as held, engine.connect() as connection:
                 if settings.uses_mysql:
                     # Two machines that start together must not both create the tables.
                     connection.exec_driver_sql("SELECT GET_LOCK(LEFT(CONCAT('migrate ', DATABASE()), 64), 60)")
-                    connection.commit()  # or Alembic would leave the transactions to us
+                elif revision != "head" or _revisions(connection) != _newest_revisions():
+                    held.enter_context(_lock_sqlite(settings.sqlite_path))
+                _revisions(connection)  # those that a newer version made are none of ours
+                connection.commit()  # or Alembic would leave the transactions to us
                 config = alembic_config()
                 config.attributes["connection"] = connection
                 if revision == "base" or revision.startswith("-"):

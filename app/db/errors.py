@@ -57,6 +57,11 @@ def _mysql_code(error: BaseException) -> int | None:
     return code if isinstance(code, int) else None
 
 
+def mysql_code(error: BaseException) -> int | None:
+    """The number of an error of MySQL, whichever driver or SQLAlchemy raises it; None when it has none."""
+    return _mysql_code(_cause(error))
+
+
 def is_transient(error: BaseException) -> bool:
     """Whether the database, not the statement, is at fault, so that trying again may succeed."""
     if isinstance(error, (Unavailable, OSError, TimeoutError, PoolTimeoutError)):

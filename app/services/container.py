@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+import logging
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 
 from app.core.bloom_filter import UsernameFilter
@@ -13,7 +15,7 @@ from app.core.errors import Unavailable
 from app.core.ids import IdAllocator, Kind
 from app.core.security import PasswordHasher
 from app.core.tasks import supervise
-from app.db.database import Database
+from app.db.database import Database, database_name
 from app.db.repositories import accounts as account_repository
 from app.db.repositories import ids as id_repository
 from app.db.repositories import users as user_repository
@@ -42,7 +44,7 @@ from app.services.notification_service import NotificationService
 from app.services.online import Online
 from app.services.presence_service import PresenceService
 from app.services.rate_limiter import RateLimiter
-from app.services.storage import Storage, open_storage
+from app.services.storage import Storage, check_storage, open_storage
 from app.services.telemetry import Telemetry
 from app.services.ticket_store import MemoryTickets, RedisTickets
 from app.services.trace_service import TraceService
@@ -50,6 +52,8 @@ from app.services.typing_service import TypingService
 from app.services.unit_of_work import UnitOfWorkFactory
 from app.services.user_service import UserService
 from app.services.user_settings_service import UserSettingsService
+
+log = logging.getLogger(__name__)
 
 WARMING_PAGE = 1_000
 WARMING_PAUSE_SECONDS = 60.0
@@ -86,6 +90,7 @@ class Services:
     chat_settings: ChatSettingsService
     drafts: DraftService
     messages: MessageService
+    storage: Storage
     files: FileService
     avatars: AvatarService
     typing: TypingService
@@ -117,6 +122,7 @@ class Services:
         self.notifications.start()
         self.telemetry.start()
         self.cluster.start(self.catch_up.epoch)
+        log.info("started", extra={"pid": os.getpid(), "database": database_name(self.settings)})
 
     async def drain(self) -> None:
         """Before a stop: answer what was taken, close every socket with 1012.
@@ -292,6 +298,7 @@ def build_services(settings: Settings, clock: Clock | None = None) -> Services:
             unit_of_work=unit_of_work,
             typing=typing,
         ),
+        storage=storage,
         files=files,
         avatars=AvatarService(settings=settings, clock=clock, files=files, storage=storage, images=images),
         typing=typing,
@@ -322,6 +329,19 @@ def build_services(settings: Settings, clock: Clock | None = None) -> Services:
     usernames.hears_others = lambda: cluster.reliable
     _listen(services)
     return services
+
+
+async def check_start(settings: Settings) -> AsyncIterator[str]:
+    """Try what every start needs, and start nothing: what to tell of each. Raises StartupError at the first failure."""
+    services = build_services(settings)
+    try:
+        push = services.notifications.enabled
+        yield f"push: {'ok (the service account is read; Firebase was not asked)' if push else 'off'}"
+        yield f"storage: {await check_storage(settings, services.storage)}"
+        await services.database.start()
+        yield f"database: ok ({database_name(settings)}, reachable and up to date)"
+    finally:
+        await services.stop()
 
 
 def _listen(services: Services) -> None:

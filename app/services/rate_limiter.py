@@ -19,7 +19,7 @@ from redis.asyncio import Redis
 from app.core import metrics
 from app.core.clock import Clock, SystemClock
 from app.core.config import Settings
-from app.core.errors import StartupError, TooManyRequests, Unavailable
+from app.core.errors import TooManyRequests, Unavailable
 from app.services.bus import BUS_ERRORS
 
 log = logging.getLogger(__name__)
@@ -133,7 +133,7 @@ class RateLimiter:
         self._rules: dict[str, RateLimitItem | None] = {}
         for name, value in settings:
             if name.startswith("limit_") and isinstance(value, str):
-                self._rules[name] = _rule(name, value)
+                self._rules[name] = _rule(value)
 
     async def hit(self, name: str, *key: str | int) -> None:
         """Count one more. Raises TooManyRequests, and counts nothing, once the limit is reached; Unavailable where
@@ -198,15 +198,10 @@ def _too_many(wait: float) -> TooManyRequests:
     return TooManyRequests("rate_limited", "Too many requests; wait a while.", retry_after=round(max(wait, 0.001), 3))
 
 
-def _rule(name: str, value: str) -> RateLimitItem | None:
+def _rule(value: str) -> RateLimitItem | None:
     if not value.strip():
         return None
-    try:
-        rule = parse(value)
-    except ValueError:
-        raise StartupError(
-            f"The setting {name.upper()} cannot be used: write it like 10/minute, or leave it empty."
-        ) from None
+    rule = parse(value)
     return rule if rule.amount > 0 else None
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import secrets
 import sys
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from obstore.exceptions import BaseError as S3Error
 from obstore.exceptions import NotFoundError
@@ -126,16 +127,27 @@ class S3Storage:
     """A bucket of an S3-compatible store."""
 
     def __init__(self, settings: Settings) -> None:
+        """Raises StartupError when the settings name no usable bucket. Nothing is asked of it yet."""
         self._took_the_last = True
-        self._store = S3Store(
-            settings.s3_bucket,
-            endpoint=settings.s3_endpoint_url or None,
-            region=settings.s3_region,
-            access_key_id=settings.s3_access_key_id or None,
-            secret_access_key=settings.s3_secret_access_key.get_secret_value() or None,
-            virtual_hosted_style_request=False,
-            client_options={"allow_http": settings.s3_endpoint_url.startswith("http://"), "timeout": "30s"},
-        )
+        # What is empty is left out: then the environment of AWS decides, and at last Amazon's own endpoint.
+        given: dict[str, Any] = {
+            "endpoint": settings.s3_endpoint_url,
+            "access_key_id": settings.s3_access_key_id,
+            "secret_access_key": settings.s3_secret_access_key.get_secret_value(),
+        }
+        try:
+            self._store = S3Store(
+                settings.s3_bucket,
+                region=settings.s3_region,
+                virtual_hosted_style_request=False,
+                client_options={"allow_http": settings.s3_endpoint_url.startswith("http://"), "timeout": "30s"},
+                **{name: value for name, value in given.items() if value},
+            )
+        except (S3Error, OSError, ValueError) as error:
+            problem = str(error).splitlines()[0]  # the rest is for the library's authors
+            raise StartupError(
+                f"The bucket {settings.s3_bucket} cannot be used ({problem}); check the S3_* settings."
+            ) from error
 
     async def works(self) -> bool:
         # Each request to a bucket costs money: asked only after a failure.
@@ -189,6 +201,16 @@ class S3Storage:
 def open_storage(settings: Settings) -> Storage:
     """The storage that the settings name."""
     return S3Storage(settings) if settings.s3_bucket else LocalStorage(settings.upload_path)
+
+
+async def check_storage(settings: Settings, storage: Storage) -> str:
+    """Try where files are kept: what to tell of it. Raises StartupError."""
+    clear_incoming(settings.upload_path, older_than_seconds=math.inf)
+    if settings.s3_bucket:
+        return f"ok (the bucket {settings.s3_bucket} was not asked)"  # each request to it costs money
+    if not await storage.works():
+        raise StartupError(f"The folder {settings.upload_path} cannot be written.")
+    return f"ok (the folder {settings.upload_path})"
 
 
 def clear_incoming(root: Path, *, older_than_seconds: float) -> None:

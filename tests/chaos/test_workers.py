@@ -55,7 +55,8 @@ async def until_there_are(server: Server, count: int, others_than: set[int]) -> 
         while True:
             with contextlib.suppress(FileNotFoundError):
                 now = set(children(server.pid))
-                serving = all(f"Started server process [{pid}]" in server.log for pid in now)
+                started = [line for line in server.log.splitlines() if '"event":"started"' in line]
+                serving = all(any(f'"pid":{pid},' in line for line in started) for pid in now)
                 if len(now) == count and serving and not now & others_than:
                     return
             await asyncio.sleep(0.05)  # a look at the processes, which tell nobody

@@ -134,7 +134,7 @@ async def test_a_server_in_the_image_lives_stops_and_comes_back_with_all_it_had(
     settings = {**database, "PORT": str(port)}
     migration = start_container("migrate", **settings)
     assert migration.wait() == 0, migration.log
-    assert "The database is up to date." in migration.log
+    assert "The database is up to date: " in migration.log
 
     container = start_container(**settings)
     await healthy(image, container, port)

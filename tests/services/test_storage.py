@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import httpx
@@ -12,9 +14,9 @@ import pytest
 from moto.server import ThreadedMotoServer
 
 from app.core.config import Settings
-from app.core.errors import Unavailable
+from app.core.errors import StartupError, Unavailable
 from app.main import create_app
-from app.services.storage import LocalStorage, S3Storage, Storage, new_key
+from app.services.storage import LocalStorage, S3Storage, Storage, new_key, open_storage
 from tests.support.databases import make_settings
 from tests.support.images import image
 from tests.support.people import people
@@ -89,6 +91,55 @@ async def test_a_bucket_that_takes_no_files_is_told_from_the_first_failure_until
     (await asyncio.to_thread(httpx.put, f"{s3_url}/comes-and-goes")).raise_for_status()
     assert await storage.works()
     await storage.put(new_key(), source)
+
+
+@pytest.mark.parametrize("of_aws", [False, True])
+async def test_keys_that_the_settings_leave_out_are_those_of_the_environment_of_aws(
+    of_aws: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    signed: list[str] = []
+
+    class Store(BaseHTTPRequestHandler):
+        def do_PUT(self) -> None:
+            signed.append(self.headers["Authorization"])
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(200)
+            self.send_header("ETag", '"1"')
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    values = s3_settings("")
+    if of_aws:
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", values.pop("s3_access_key_id"))
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", values.pop("s3_secret_access_key"))
+    source = tmp_path / "source"
+    source.write_bytes(b"data")
+    with HTTPServer(("127.0.0.1", 0), Store) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        values["s3_endpoint_url"] = f"http://127.0.0.1:{server.server_port}"
+        await S3Storage(make_settings(**values)).put(new_key(), source)
+        server.shutdown()
+    assert [header.split("/")[0] for header in signed] == ["AWS4-HMAC-SHA256 Credential=key"]
+
+
+@pytest.mark.parametrize(
+    "left_out", [["s3_endpoint_url"], ["s3_endpoint_url", "s3_access_key_id", "s3_secret_access_key"]]
+)
+def test_without_an_endpoint_the_bucket_is_amazons(left_out: list[str]) -> None:
+    values = {name: value for name, value in s3_settings("http://nowhere").items() if name not in left_out}
+    assert isinstance(open_storage(make_settings(**values)), S3Storage)
+
+
+def test_half_a_key_is_refused_with_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY", raising=False)
+    with pytest.raises(StartupError) as refused:
+        open_storage(make_settings(s3_bucket="dialect", s3_access_key_id="key"))
+    assert str(refused.value) == (
+        "The bucket dialect cannot be used (Generic S3 error: Missing SecretAccessKey); check the S3_* settings."
+    )
 
 
 async def test_files_are_kept_in_s3_when_the_settings_say_so(settings: Settings, s3_url: str) -> None:
