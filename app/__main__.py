@@ -83,8 +83,6 @@ def _workers(text: str) -> int:
 async def check(settings: Settings) -> None:
     """Say what would keep the server from starting. Raises StartupError at the first such thing."""
     print(f"settings: ok ({settings.environment})")
-    async for line in check_start(settings):
-        print(line)
     if settings.redis_url is not None:
         redis = redis_client(settings.redis_url.get_secret_value())
         try:
@@ -94,6 +92,8 @@ async def check(settings: Settings) -> None:
         finally:
             await redis.aclose()
         print("redis: ok")
+    async for line in check_start(settings):
+        print(line)
 
 
 if __name__ == "__main__":

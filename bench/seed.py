@@ -296,12 +296,13 @@ class SQLiteTarget:
         self._connection.close()
         self._connection = None
         self.partial.rename(self.path)
+        self.discard()
 
     def discard(self) -> None:
         if self._connection is not None:
             self._connection.close()
             self._connection = None
-        for suffix in ("", "-journal", "-wal", "-shm"):
+        for suffix in ("", "-journal", "-wal", "-shm", ".lock"):
             self.partial.with_name(self.partial.name + suffix).unlink(missing_ok=True)
 
 

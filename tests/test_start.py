@@ -68,7 +68,7 @@ def dead_mysql(tmp_path: Path) -> Iterator[Settings]:
 
 def assert_one_sentence(output: str, pattern: str) -> None:
     """The sentence is all there is, whatever `check` found well before it."""
-    lines = [line for line in output.splitlines() if not re.match(r"(settings|push|storage): (ok|off)", line)]
+    lines = [line for line in output.splitlines() if not re.match(r"(settings|redis|push|storage): (ok|off)", line)]
     assert len(lines) == 1, output
     assert re.search(pattern, lines[0]), output
     check_log(output, "the output")

@@ -30,9 +30,11 @@ NOWHERE = {
     "internal_error",
     "method_not_allowed",
     "not_found",
+    "too_many_connections",
     "upgrade_required",
 }
-"""Codes of REST that belong to no operation: addresses and methods that do not exist, bugs, the socket's address."""
+"""Codes of REST that belong to no operation: addresses and methods that do not exist, connections, bugs, the socket's
+address."""
 
 every_operation = pytest.mark.parametrize(
     ("path", "method"), OPERATIONS, ids=[f"{method.upper()} {path}" for path, method in OPERATIONS]

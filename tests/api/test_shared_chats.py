@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import httpx
-import pytest
 
-from app.core.errors import TooManyRequests
-from app.services import message_service
-from app.services.container import Services
 from tests.support.people import Person, people
 
 
@@ -52,17 +48,3 @@ async def test_late_joiners_are_no_readers_of_what_was_said_before(client: httpx
     await late.read(after)
     assert await ann.readers(after) == ({late.id}, {late.id})
     assert await ann.readers(before) == ({bo.id}, {bo.id})
-
-
-@pytest.mark.settings(limit_messages_per_second=0.001, limit_messages_burst=2)
-async def test_who_sends_all_the_time_stays_limited_however_many_others_send(
-    client: httpx.AsyncClient, services: Services, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(message_service, "LIMITED_ACCOUNTS_MAX", 2)
-    check = services.messages._check_rate
-    check(1)
-    check(2)
-    check(1)
-    check(3)  # makes 2, the silent one, go
-    with pytest.raises(TooManyRequests):
-        check(1)

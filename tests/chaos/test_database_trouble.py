@@ -139,8 +139,14 @@ async def test_a_frozen_database_is_answered_for_in_time_and_serves_again_withou
     # What was refused is stored once by its retry, and the sockets that were open all the time hear of it.
     ack = await say_until_stored(world, named)
     assert _rows(mysql_settings, world.chat_id)[named] == [(ack["message_id"], ack["seq"])]
-    heard = await world.sockets[1].wait(lambda e: e["type"] == "new_message" and e["message"]["client_id"] == named)
-    assert heard["message"]["id"] == ack["message_id"]
+    heard = await world.sockets[1].wait(lambda e: named in _heard(e))
+    assert _heard(heard)[named] == ack["message_id"]
+
+
+def _heard(event: Event) -> dict[str, int]:
+    """Client ids and ids of the messages that an event brings: one told of at once, or all of a chat that went on."""
+    told = [event["message"]] if event["type"] == "new_message" else event.get("messages", [])
+    return {message["client_id"]: message["id"] for message in told}
 
 
 @pytest.mark.chaos(PROMISE)
