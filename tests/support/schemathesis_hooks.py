@@ -50,7 +50,8 @@ def names_files_of_another_kind(response: Response) -> bool:
     body = response.request.body
     assert isinstance(body, bytes)
     message = json.loads(body)
-    files = [as_sender(response, f"{sent[1]}/files/{file_id}") for file_id in message["attachments"]]
+    # An integer may be written as 4.0, in JSON Schema as in JSON; a path is no JSON.
+    files = [as_sender(response, f"{sent[1]}/files/{int(file_id)}") for file_id in message["attachments"]]
     if message["message_type"] == "image":
         return any(file.is_success and not file.headers["content-type"].startswith("image/") for file in files)
     # Films and songs are handed out as plain bytes, like any file: there it is the code alone that tells.
