@@ -415,7 +415,7 @@ async def _change_some(cast: Cast, session: AsyncSession) -> None:
 @_query("the sweep, 10 chats changed", 5 * RECENT)
 async def _sweep(cast: Cast, session: AsyncSession) -> object:
     await _change_some(cast, session)
-    return await chat_log.list_changed_chats(session, 30)
+    return await chat_log.list_changed_chats(session, 30, limit=1000)
 
 
 @_query("what is to be pushed, 10 chats changed", 5 * RECENT)

@@ -9,8 +9,10 @@ from datetime import timedelta
 
 import httpx
 import pytest
+from sqlalchemy import text
 
 from app.core.clock import SystemClock
+from app.services.chat_log import sequencer
 from app.services.chat_log.changes import Appended, Change, ChangeMembers, EditMessage, SendMessage
 from app.services.connection_manager import Connection
 from app.services.container import Services
@@ -158,6 +160,25 @@ async def test_what_nobody_announced_at_all_is_found_by_the_sweep(
     await services.sequencer.sweep()
     await services.sequencer.sweep()
     assert services.sequencer.healed == healed
+
+
+async def test_the_sweep_reads_what_changed_page_by_page_and_misses_none(
+    client: httpx.AsyncClient, services: Services, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sequencer, "SWEEP_ROWS", 2)
+    ann, bo = await people(client, 2)
+    groups = [await ann.group(bo) for _ in range(5)]
+    # Some of one stamp: a page may end between them.
+    async with services.database.writing() as session:
+        await session.execute(
+            text("UPDATE chats SET changed_at = (SELECT at FROM (SELECT MAX(changed_at) AS at FROM chats) AS c)")
+        )
+    inbox = await come_online(services, bo)
+    for group in groups:
+        await commit(services, message(group, ann, "unheard"))
+    await services.sequencer.sweep()
+    await services.sequencer.sweep()
+    assert sorted(event["chat_id"] for event in inbox.events) == sorted(groups)
 
 
 async def test_healing_shows_nobody_what_was_said_before_their_time(

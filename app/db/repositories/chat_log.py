@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, NamedTuple, cast
 
-from sqlalchemy import ColumnElement, Table, literal_column, select, text
+from sqlalchemy import ColumnElement, Table, and_, literal_column, or_, select
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
 
 from app.db.log_connection import LogConnection, Row, Statement
@@ -89,6 +89,14 @@ class FileRow(NamedTuple):
     blurhash: str | None
     thumbnail_size: int | None
     ready: bool
+
+
+class ChangedChat(NamedTuple):
+    """A chat that changed lately, and where it stands among those that did."""
+
+    id: int
+    version: int
+    changed_at: datetime
 
 
 class MemberRow(NamedTuple):
@@ -644,11 +652,29 @@ async def _update_from(
 # --- catching up ------------------------------------------------------------------------------------------------
 
 
-async def list_changed_chats(session: AsyncSession, seconds: float) -> list[tuple[int, int]]:
-    """(chat_id, version) of all chats that changed in the last `seconds` by its own clock, and of a few more."""
-    since = text(_now(session, seconds_ago=CHANGED_AT_SECONDS + int(seconds)))
-    result = await session.execute(select(CHAT.c.id, CHAT.c.version).where(CHAT.c.changed_at >= since))
-    return [(row[0], row[1]) for row in result]
+async def list_changed_chats(
+    session: AsyncSession, seconds: float, *, after: ChangedChat | None = None, limit: int
+) -> list[ChangedChat]:
+    """Chats that changed in the last `seconds` by the database's clock, and a few more, in order of their stamps.
+
+    After the last of a page comes the next. A chat that changes meanwhile moves to the end, where it is found again.
+    """
+    if after is None:
+        beyond: ColumnElement[bool] = CHAT.c.changed_at >= database_now(
+            session, seconds_ago=CHANGED_AT_SECONDS + int(seconds)
+        )
+    else:
+        # The first half is for MySQL, which finds no range in the second.
+        later = or_(CHAT.c.changed_at > after.changed_at, CHAT.c.id > after.id)
+        beyond = and_(CHAT.c.changed_at >= after.changed_at, later)
+    statement = (
+        select(CHAT.c.id, CHAT.c.version, CHAT.c.changed_at)
+        .where(beyond)
+        .order_by(CHAT.c.changed_at, CHAT.c.id)
+        .limit(limit)
+    )
+    result = await session.execute(in_order_of(statement, CHAT, "ix_chats_changed_at"))
+    return [ChangedChat(*row) for row in result]
 
 
 async def list_changed_messages(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import AsyncIterator
 
 from app.core import metrics
 from app.core.clock import Clock
@@ -30,6 +31,7 @@ log = logging.getLogger(__name__)
 HOLE_SECONDS = 0.1
 """How long an early version waits for the one before it."""
 SWEEP_WINDOW_SECONDS = 30
+SWEEP_ROWS = 1000
 HEAL_ROWS = 500
 HEAL_CHARS = 64 * 1024
 
@@ -261,10 +263,12 @@ class Sequencer:
         began = self._clock.monotonic()
         # After an outage the window reaches back to before it: what was committed then may be announced by nobody.
         window = SWEEP_WINDOW_SECONDS + began - self._swept
-        async with self._database.reading() as session:
-            changed = await repository.list_changed_chats(session, window)
+        candidates = dict(self._behind)
+        async for chat in self._list_changed(window):
+            channel = self._connections.channels.get(chat.id)
+            if chat.id in candidates or (channel is not None and channel.version < chat.version):
+                candidates[chat.id] = chat.version
         self._swept = began
-        candidates = {**self._behind, **dict(changed)}
         for chat_id, version in candidates.items():
             channel = self._connections.channels.get(chat_id)
             if channel is None or channel.version >= version:
@@ -276,6 +280,19 @@ class Sequencer:
                 self._behind.pop(chat_id, None)
             else:
                 self._behind[chat_id] = version
+
+    async def _list_changed(self, window: float) -> AsyncIterator[repository.ChangedChat]:
+        """What changed, page by page: after an outage of an hour that may be every chat there is."""
+        page: list[repository.ChangedChat] = []
+        while True:
+            async with self._database.reading() as session:
+                page = await repository.list_changed_chats(
+                    session, window, after=page[-1] if page else None, limit=SWEEP_ROWS
+                )
+            for chat in page:
+                yield chat
+            if len(page) < SWEEP_ROWS:
+                return
 
 
 def _without_unseen(announcement: Announcement, visible_from: int) -> list[ChatEvent]:
