@@ -211,6 +211,10 @@ http_connections = _gauge("dialect_http_connections_open", "Open connections tha
 uploads = _counter("dialect_uploads_total", "Files taken in.", "kind")
 upload_bytes = _tally("dialect_upload_bytes_total", "Bytes of files that came in, whatever became of them.")
 rate_limited = _counter("dialect_rate_limited_total", "Requests and commands refused by a limit.", "limit")
+bulk_reads_waiting = _gauge("dialect_bulk_reads_waiting", "Searches, lists and histories that wait for their turn.")
+bulk_reads_refused = _counter(
+    "dialect_bulk_reads_refused_total", "Searches, lists and histories refused (`overloaded`) so that sends are not."
+)
 argon2_queue = _gauge("dialect_argon2_queue", "Passwords being hashed or waiting for it.")
 argon2_refusals = _counter("dialect_argon2_refusals_total", "Passwords refused because too many were waiting.")
 

@@ -13,6 +13,7 @@ import sys
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable
 
+from app.core import metrics
 from app.core.clock import Clock
 from app.core.config import Settings
 from app.core.errors import TooManyRequests, Unavailable
@@ -42,30 +43,28 @@ class Lane:
         self._waiting_max = waiting_max
         self._seconds = seconds
         self._closed = closed
-        self._waiting = 0
-        self.refused = 0
-        """So often nobody was let in."""
+        self.waiting = 0
 
     @contextlib.asynccontextmanager
     async def turn(self) -> AsyncIterator[None]:
         """Do something in this lane. Raises Unavailable (`overloaded`) when its turn does not come in time."""
-        if self._closed() or self._waiting >= self._waiting_max:
+        if self._closed() or self.waiting >= self._waiting_max:
             raise self._refusal()
-        self._waiting += 1
+        self.waiting += 1
         try:
             async with asyncio.timeout(self._seconds):
                 await self._slots.acquire()
         except TimeoutError:
             raise self._refusal() from None
         finally:
-            self._waiting -= 1
+            self.waiting -= 1
         try:
             yield
         finally:
             self._slots.release()
 
     def _refusal(self) -> Unavailable:
-        self.refused += 1
+        metrics.bulk_reads_refused.inc()
         wait = random.uniform(1.0, 1.0 + 2 * self._seconds)
         return Unavailable("overloaded", "The server has too much to do; try again.", retry_after=wait)
 

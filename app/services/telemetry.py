@@ -88,6 +88,7 @@ class Telemetry:
         metrics.users_online.set(len(self._connections.users))
         metrics.writer_queue.set(self._writer.waiting)
         metrics.catch_up_waiting.set(self._database.bulk_reads.waiting)
+        metrics.bulk_reads_waiting.set(self._admission.bulk.waiting)
         metrics.argon2_queue.set(self._hasher.waiting)
         metrics.bus_up.set(self._cluster.reliable)
         metrics.bus_workers.set(len(self._cluster.bus.peers) if self._cluster.bus is not None else 0)

@@ -405,6 +405,7 @@ async def _storm(settings: Settings, launch: Launch, report: SceneReport) -> Non
     report.tell("handshakes refused with 503 and Retry-After", refused)
     report.exactly("acknowledged and not stored once, or not with every member", len(storm.faults), 0)
     if settings.uses_mysql:
+        assert statements > 0, "MySQL counted no statement: nothing is known of their number"
         report.at_most("statements for each", statements / CLIENTS, STATEMENTS_PER_CLIENT)
     report.at_most("until the last is back and complete", seconds, BAR_SECONDS, "s")
 

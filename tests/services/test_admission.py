@@ -14,6 +14,7 @@ import pytest
 from fastapi import FastAPI
 from sqlalchemy import text
 
+from app.core import metrics
 from app.core.errors import DialectError, TooManyRequests, Unavailable
 from app.db.repositories import users as repository
 from app.services.admission import RETURN_SECONDS_MAX, Admission, Lane
@@ -21,6 +22,7 @@ from app.services.coalescer import Coalescer
 from app.services.container import Services
 from tests.support.clock import ManualClock
 from tests.support.databases import make_settings
+from tests.support.metrics import value
 from tests.support.people import people
 from tests.support.statements import statements
 
@@ -158,6 +160,8 @@ def test_closed_together_means_coming_back_apart() -> None:
 async def test_a_lane_lets_some_in_and_some_wait_and_refuses_the_rest_at_once() -> None:
     lane = Lane(2, waiting_max=3, seconds=30, closed=lambda: False)
     go, inside, refused = asyncio.Event(), 0, 0
+    name = "dialect_bulk_reads_refused_total"
+    counted = value(metrics.exposition().decode(), name)
 
     async def work() -> None:
         nonlocal inside, refused
@@ -171,7 +175,8 @@ async def test_a_lane_lets_some_in_and_some_wait_and_refuses_the_rest_at_once() 
     tasks = [asyncio.create_task(work()) for _ in range(10)]
     for _ in range(5):
         await asyncio.sleep(0)
-    assert (inside, refused, lane.refused) == (2, 5, 5)
+    assert (inside, lane.waiting, refused) == (2, 3, 5)
+    assert value(metrics.exposition().decode(), name) == counted + 5
     go.set()
     await asyncio.gather(*tasks)
     assert inside == 5
@@ -298,7 +303,7 @@ async def test_searches_that_take_all_connections_hold_up_no_send(
             return (await crowd.request(method, f"/api/v1{path}", json=body)).status_code
 
         searches = [asyncio.create_task(status("GET", "/users/search?q=person")) for _ in range(60)]
-        while services.admission.bulk.refused < 50 or holding < services.admission.bulk.at_once:
+        while sum(search.done() for search in searches) < 50 or holding < services.admission.bulk.at_once:
             await services.database.ping()
         # All that searches may take is taken.
         sends = [status("POST", f"/chats/{chat_id}/messages", {"content": "now"}) for _ in range(10)]
