@@ -282,7 +282,7 @@ async def _trace(cast: Cast) -> object:
     return await cast.services.trace.trace(cast.sender_id, cast.newest_id, cursor=None, limit=PAGE)
 
 
-@_probe("the trace of a message, for the operator", lambda size: 10 * size.large_chat_members + 30, 60)
+@_probe("the trace of a message, for the operator", lambda size: 12 * size.large_chat_members + 30, 60)
 async def _trace_full(cast: Cast) -> object:
     return await cast.services.trace.full(cast.newest_id)
 
