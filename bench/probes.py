@@ -427,12 +427,12 @@ async def _unpushed(cast: Cast, session: AsyncSession) -> object:
 @_query("who is to hear of a message", lambda size: 6 * size.large_chat_members, 200)
 async def _targets(cast: Cast, session: AsyncSession) -> object:
     now = cast.services.clock.now().replace(tzinfo=None)
-    return await push.list_targets(session, cast.chat, personal=False, now=now)
+    return await push.list_targets(session, [cast.chat], now=now)
 
 
-@_query("newest messages, for a push", 10)
+@_query("newest messages, for a push", 15)
 async def _newest(cast: Cast, session: AsyncSession) -> object:
-    return await push.list_newest(session, cast.chat, after=0, last=cast.last_seq, limit=5)
+    return await push.list_newest(session, [push.Span(cast.chat, 0, cast.last_seq)], limit=5)
 
 
 # --- logging in and connecting ----------------------------------------------------------------------------------

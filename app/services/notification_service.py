@@ -14,9 +14,11 @@ import asyncio
 import contextlib
 import logging
 import random
-from collections.abc import Coroutine
+from collections import deque
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from itertools import groupby
 from typing import Any
 
 from app.core import metrics
@@ -29,7 +31,7 @@ from app.db.leadership import Leadership
 from app.db.repositories import push as repository
 from app.db.repositories import sessions as session_repository
 from app.db.repositories import trace as trace_repository
-from app.db.repositories.push import DeviceRow, Target, UnpushedMessage
+from app.db.repositories.push import DeviceRow, Span, Target, UnpushedChat, UnpushedMessage
 from app.db.repositories.trace import PushRow
 from app.db.schemas import PushDeviceIn
 from app.services.caller import Caller
@@ -48,9 +50,15 @@ SEARCH_WINDOW_SECONDS = 60
 BACKLOG_SECONDS = 24 * 3600
 """After a start or an outage, what is older is not pushed any more."""
 SEARCH_LIMIT = 1000
-LOOK_PAUSE_SECONDS = 0.5
-"""A busy chat is not looked at more often."""
+LOOK_PAUSE_SECONDS = 0.25
+"""Looks begin no closer to each other: what comes meanwhile is looked at together, for three queries in all."""
+LOOK_CHATS = 100
+LOOK_MEMBERS = 1000
+"""A look ends with the chat that brings it to so many members, each with a device or several."""
 STORE_SECONDS = 1.0
+"""Between stores of cursors that have moved past a push: so much is pushed again after a crash."""
+STORE_UNTOLD_SECONDS = 5.0
+"""The same of those that have only moved past messages that needed none: they are looked at again, to no effect."""
 STORE_BATCH = 200
 """Cursors moved by one transaction, which for a moment holds the rows that the writer wants."""
 MARKS_MAX = 20_000
@@ -91,13 +99,14 @@ class _Chat:
     """A chat that push is busy with."""
 
     id: int
-    personal: bool
     stored: int
     """The cursor in the database."""
     seen: int
     """Up to here every message has been looked at."""
+    stored_at: float
     slots: asyncio.Semaphore
-    looked_at: float = 0.0
+    told: bool = False
+    """Whether Firebase has been asked for a push that the cursor in the database is not past."""
     jobs: dict[int, _Job] = field(default_factory=dict)
 
     @property
@@ -127,8 +136,6 @@ class NotificationService:
         self._firebase = open_firebase(settings)
         self._slots = asyncio.Semaphore(settings.push_threads)
         self._hints: dict[int, None] = {}
-        self._waiting: set[int] = set()
-        """Chats whose pause is not over."""
         self._chats: dict[int, _Chat] = {}
         self._marks: dict[tuple[int, int], PushRow] = {}
         """What Firebase said of each session and chat, for the delivery trace."""
@@ -206,7 +213,7 @@ class NotificationService:
         await asyncio.gather(*self._loops, return_exceptions=True)
         if self._loops:
             try:
-                await self._store()
+                await self._store(everything=True)
             except Unavailable:
                 log.info("push_cursors_not_stored")
         self._loops = []
@@ -214,7 +221,6 @@ class NotificationService:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._hints.clear()
-        self._waiting.clear()
         self._chats.clear()
         self._marks.clear()
 
@@ -271,20 +277,19 @@ class NotificationService:
         self._hints[chat_id] = None
         self._wake.set()
 
-    def _hint_after_pause(self, chat_id: int) -> None:
-        self._waiting.discard(chat_id)
-        self._hint(chat_id)
-
     async def _run(self) -> None:
         loop = asyncio.get_running_loop()
         next_search = 0.0
         while True:
+            begun = loop.time()
             try:
-                if loop.time() >= next_search:
+                if begun >= next_search:
                     await self._search()
                     next_search = loop.time() + SEARCH_SECONDS
-                while self._hints and self.devices_waiting < JOBS_MAX and loop.time() < next_search:
-                    await self._look(next(iter(self._hints)))
+                # Those of now: what comes meanwhile would be looked at one by one.
+                hints = deque(self._hints)
+                while hints and self.devices_waiting < JOBS_MAX and loop.time() < next_search:
+                    await self._look([hints.popleft() for _ in range(min(LOOK_CHATS, len(hints)))])
             except Unavailable:
                 log.info("push_without_database")
                 self._behind = True
@@ -294,6 +299,7 @@ class NotificationService:
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout_at(next_search):
                         await self._wake.wait()
+            await asyncio.sleep(begun + LOOK_PAUSE_SECONDS - loop.time())
 
     async def _search(self) -> None:
         """Find chats that lag behind: after a start what a crash left, later what no hint told of."""
@@ -309,42 +315,50 @@ class NotificationService:
 
     # --- who is to hear of it ---
 
-    async def _look(self, chat_id: int) -> None:
-        """Read what came to a chat, and begin to tell those who need to hear it."""
-        now = asyncio.get_running_loop().time()
-        self._hints.pop(chat_id, None)
-        chat = self._chats.get(chat_id)
-        if chat is not None and now < chat.looked_at + LOOK_PAUSE_SECONDS:
-            if chat_id not in self._waiting:
-                self._waiting.add(chat_id)
-                later = chat.looked_at + LOOK_PAUSE_SECONDS
-                asyncio.get_running_loop().call_at(later, self._hint_after_pause, chat_id)
-            return
+    async def _look(self, chat_ids: Sequence[int]) -> None:
+        """Read what came to chats, and begin to tell those who need to hear it."""
+        for chat_id in chat_ids:
+            self._hints.pop(chat_id, None)
         try:
             async with self._database.reading() as session:
-                row = await repository.find_chat(session, chat_id)
-                if row is None:
+                chats = self._choose(await repository.find_chats(session, chat_ids))
+                if not chats:
                     return
-                after = max(row.pushed_seq, chat.seen if chat is not None else 0)
-                if row.last_seq <= after:
-                    return
-                newest = await repository.list_newest(
-                    session, chat_id, after=after, last=row.last_seq, limit=NEWEST_MAX
-                )
-                personal = row.type == "personal"
-                targets = await repository.list_targets(session, chat_id, personal=personal, now=self._now())
+                spans = [Span(chat.id, chat.seen, last_seq) for chat, last_seq in chats]
+                newest = await repository.list_newest(session, spans, limit=NEWEST_MAX)
+                targets = await repository.list_targets(session, [span.chat_id for span in spans], now=self._now())
         except Unavailable:
-            self._hint(chat_id)
+            for chat_id in chat_ids:
+                self._hint(chat_id)
             raise
-        if chat is None:
-            slots = asyncio.Semaphore(max(1, self._settings.push_threads // 2))  # the rest is for other chats
-            chat = _Chat(chat_id, personal, row.pushed_seq, after, slots)
-        self._chats[chat_id] = chat  # it may have been idle, and forgotten, while this was read
-        chat.looked_at = now
-        chat.seen = row.last_seq
+        messages = {chat_id: list(of_chat) for chat_id, of_chat in groupby(newest, key=lambda message: message.chat_id)}
+        firsts: dict[int, int] = {}
+        for chat, last_seq in chats:
+            firsts[chat.id] = chat.seen + 1
+            self._chats[chat.id] = chat  # it may have been idle, and forgotten, while this was read
+            chat.seen = last_seq
         for target in targets:
-            if seq := _newest_for(target, newest):
-                self._tell(chat, target.device, after + 1, seq)
+            if seq := _newest_for(target, messages.get(target.chat_id, ())):
+                self._tell(self._chats[target.chat_id], target.device, firsts[target.chat_id], seq)
+
+    def _choose(self, rows: Sequence[UnpushedChat]) -> list[tuple[_Chat, int]]:
+        """The chats with something new, and their last message; those beyond a look are left to the next one."""
+        chosen: list[tuple[_Chat, int]] = []
+        members = 0
+        for row in rows:
+            chat = self._chats.get(row.id)
+            if chat is None:
+                slots = asyncio.Semaphore(max(1, self._settings.push_threads // 2))  # the rest is for other chats
+                chat = _Chat(row.id, row.pushed_seq, row.pushed_seq, asyncio.get_running_loop().time(), slots)
+            chat.seen = max(chat.seen, row.pushed_seq)
+            if row.last_seq <= chat.seen:
+                continue
+            if members >= LOOK_MEMBERS:
+                self._hint(row.id)
+                continue
+            members += row.member_count
+            chosen.append((chat, row.last_seq))
+        return chosen
 
     def _tell(self, chat: _Chat, device: DeviceRow, first: int, seq: int) -> None:
         job = chat.jobs.get(device.session_id)
@@ -413,7 +427,7 @@ class NotificationService:
                 # Again, now: whoever has read it, left, blocked or logged out since must not hear of it.
                 async with self._database.reading() as session:
                     targets = await repository.list_targets(
-                        session, chat.id, personal=chat.personal, now=self._now(), session_id=job.session_id
+                        session, [chat.id], now=self._now(), session_id=job.session_id
                     )
                     unread = await repository.count_unread(session, job.user_id, limit=UNREAD_MAX)
             except Unavailable:
@@ -443,6 +457,7 @@ class NotificationService:
         if self._firebase is None:
             raise RuntimeError("push is off")
         data = {"type": "new_message", "chat_id": str(chat.id), "seq": str(job.trying), "unread": str(unread)}
+        chat.told = True
         with metrics.push_seconds.time():
             outcome = await self._firebase.send(Push(device.kind, device.token, f"chat-{chat.id}", data))
         metrics.push_outcomes.labels(outcome.kind).inc()
@@ -512,9 +527,15 @@ class NotificationService:
             except Unavailable:
                 log.info("push_cursors_not_stored")
 
-    async def _store(self) -> None:
+    async def _store(self, *, everything: bool = False) -> None:
         """Move the cursors of chats that are done with something; forget chats that are done with everything."""
-        moved = [(chat, done) for chat in self._chats.values() if (done := chat.done) > chat.stored]
+        now = asyncio.get_running_loop().time()
+        moved = [
+            (chat, done)
+            for chat in self._chats.values()
+            if (done := chat.done) > chat.stored
+            and (everything or chat.told or now >= chat.stored_at + STORE_UNTOLD_SECONDS)
+        ]
         marks: dict[int, list[PushRow]] = {}
         for mark in self._marks.values():
             marks.setdefault(mark.chat_id, []).append(mark)
@@ -526,15 +547,15 @@ class NotificationService:
                 # In one: before the cursor, what no mark tells of needed no push.
                 await trace_repository.save_pushed(session, answers)
             for chat, done in some:
-                chat.stored = done
+                chat.stored, chat.stored_at = done, now
+                chat.told = chat.told and done < chat.seen
             self._forget_marks(answers)
         if rest := [mark for of_chat in marks.values() for mark in of_chat]:  # of chats whose cursor waits
             async with self._database.writing() as session:
                 await trace_repository.save_pushed(session, rest)
             self._forget_marks(rest)
-        idle_since = asyncio.get_running_loop().time() - LOOK_PAUSE_SECONDS
         for chat in list(self._chats.values()):
-            if not chat.jobs and chat.stored == chat.seen and chat.looked_at < idle_since:
+            if not chat.jobs and chat.stored == chat.seen:
                 del self._chats[chat.id]
 
     def _forget_marks(self, stored: list[PushRow]) -> None:
@@ -564,7 +585,7 @@ def push_is_configured(settings: Settings) -> bool:
     return path is not None and (settings.environment != "development" or path.exists())
 
 
-def _newest_for(target: Target, newest: list[UnpushedMessage]) -> int:
+def _newest_for(target: Target, newest: Sequence[UnpushedMessage]) -> int:
     """The newest message that a member shall hear of, or 0: not their own, not the server's but that they joined."""
     for message in newest:
         if message.seq <= target.read_seq:

@@ -355,7 +355,7 @@ def test_what_is_said_of_a_push_follows_from_its_marks(
     phone = PhoneRow(7, 2, "", "", NOW, NOW, None, None, "token" if device else None, NOW if device else None, mark)
     created = NOW - timedelta(hours=age)
     message = MessageRow(1, 10, 1, 1, 1, b"", "text", "", None, None, None, None, created, None, None)
-    assert service._answer(message, UnpushedChat(1, "group", 30, cursor), phone) == says
+    assert service._answer(message, UnpushedChat(1, "group", 30, cursor, 2), phone) == says
 
 
 class ClockAt:

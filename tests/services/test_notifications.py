@@ -129,7 +129,7 @@ async def test_whoever_ends_to_push_counts_no_device_any_more(services: Services
         unit_of_work=services.unit_of_work,
         online=services.online,
     )
-    chat = notification_service._Chat(1, True, 0, 0, asyncio.Semaphore())
+    chat = notification_service._Chat(1, 0, 0, 0.0, asyncio.Semaphore())
     service._tell(chat, DeviceRow(1, 1, "token", "of nobody", datetime.now(UTC).replace(tzinfo=None)), 1, 1)
     assert service.devices_waiting == 1
     await service._stop_pushing()  # before the device's task takes its first step
