@@ -157,7 +157,12 @@ class Settings(BaseSettings):
     # Passwords
     argon2_memory_kib: int = Field(19456, ge=8, description="Argon2id memory (OWASP: 19 MiB, t=2, p=1).")
     argon2_time_cost: int = Field(2, ge=1, description="Argon2id passes.")
-    argon2_threads: int = Field(2, ge=1, le=64, description="Threads that hash passwords.")
+    argon2_threads: int = Field(
+        1,
+        ge=1,
+        le=64,
+        description="Threads that hash passwords, some 50 a second each; more delay chat, unless each has a processor.",
+    )
     argon2_queue: int = Field(64, ge=1, description="Passwords that may wait for a thread; beyond: 503.")
     password_min_length: int = Field(8, ge=8, le=64, description="Characters.")
 
