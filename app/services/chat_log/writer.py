@@ -41,6 +41,10 @@ STOP_SECONDS = 1.0
 BATCH_CHARACTERS_MAX = 500_000
 """Text in one transaction: in one packet to MySQL it takes up to eight bytes per character."""
 
+MYSQL_BATCH_FLOOR = 100
+"""So many changes go to MySQL together; of more that wait, half. If all went at once, all those who wait for their
+outcomes would send again at once, and the server and MySQL would only ever work in turns. SQLite works in turns."""
+
 SLOW_COMMIT_SECONDS = 0.004
 """A commit that takes longer hangs: over a lock, on the disk, in MySQL itself. The next batch then begins beside it."""
 
@@ -221,7 +225,10 @@ class Writer:
         busy = {chat_id for lane in self._lanes for chat_id in lane.chats}
         left: list[_Pending] = []
         characters = 0
-        while self._queue and len(batch) < self._settings.writer_batch_max and characters < BATCH_CHARACTERS_MAX:
+        most = self._settings.writer_batch_max
+        if self._database.is_mysql:
+            most = min(most, max(MYSQL_BATCH_FLOOR, len(self._queue) // 2))
+        while self._queue and len(batch) < most and characters < BATCH_CHARACTERS_MAX:
             pending = self._queue.popleft()
             if pending.on_done is None:
                 continue
