@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,12 @@ import httpx
 import pytest
 from sqlalchemy import select
 from sqlalchemy.exc import ProgrammingError
+from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.core.config import Settings
 from app.db.models import Chat
 from app.db.repositories import push as repository
-from app.db.repositories.push import DeviceRow
+from app.db.repositories.push import DeviceRow, Target
 from app.services import notification_service
 from app.services.container import Services
 from app.services.notification_service import NotificationService
@@ -110,15 +111,57 @@ async def test_a_push_that_always_fails_for_our_own_fault_is_given_up_and_the_cu
     monkeypatch.setattr(repository, "count_unread", fail)
     message = await ann.say(chat, "hi")
     async with asyncio.timeout(20):
-        while True:
-            async with services.database.reading() as session:
-                cursor = await session.scalar(select(Chat.pushed_seq).where(Chat.id == chat))
-            if cursor == message["seq"]:
-                break
+        while await cursor_of(services, chat) != message["seq"]:
             await asyncio.sleep(0.05)
     assert tries == notification_service.TRIES_MAX
     assert services.notifications.devices_waiting == 0
     assert not google.to(token)
+
+
+async def test_chats_are_looked_at_together_and_those_beyond_a_look_come_next(
+    client: httpx.AsyncClient, google: FakeGoogle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(notification_service, "LOOK_CHATS", 10)
+    monkeypatch.setattr(notification_service, "LOOK_MEMBERS", 7)
+    ann, bo = await people(client, 2)
+    chats = [await ann.group(bo) for _ in range(24)]
+    token = await with_device(bo)
+    looks: list[int] = []
+    list_targets = repository.list_targets
+
+    async def counted(session: AsyncSession, chat_ids: Sequence[int], **options: Any) -> list[Target]:
+        if "session_id" not in options:
+            looks.append(len(chat_ids))
+        return await list_targets(session, chat_ids, **options)
+
+    monkeypatch.setattr(repository, "list_targets", counted)
+    await asyncio.gather(*(ann.say(chat, "hi") for chat in chats))
+    await google.wait(token, len(chats))
+    assert {push.data["chat_id"] for push in google.to(token)} == {str(chat) for chat in chats}
+    assert max(looks) == 4  # the fourth chat of two brings a look to its seven members
+
+
+async def test_a_cursor_waits_for_others_unless_a_push_would_be_repeated(
+    client: httpx.AsyncClient, services: Services, google: FakeGoogle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(notification_service, "STORE_UNTOLD_SECONDS", 1000.0)
+    ann, bo, cy = await people(client, 3)
+    token = await with_device(bo)
+    told, untold = await ann.personal(bo), await ann.personal(cy)
+    await ann.say(untold, "nobody has a device here")
+    message = await ann.say(told, "hi")
+    await google.wait(token)
+    async with asyncio.timeout(20):
+        while await cursor_of(services, told) != message["seq"]:
+            await asyncio.sleep(0.05)
+    assert await cursor_of(services, untold) == 0
+    await services.notifications._stop_pushing()
+    assert await cursor_of(services, untold) == 1
+
+
+async def cursor_of(services: Services, chat_id: int) -> int | None:
+    async with services.database.reading() as session:
+        return await session.scalar(select(Chat.pushed_seq).where(Chat.id == chat_id))
 
 
 async def test_whoever_ends_to_push_counts_no_device_any_more(services: Services) -> None:
