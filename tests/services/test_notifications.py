@@ -110,9 +110,7 @@ async def test_a_push_that_always_fails_for_our_own_fault_is_given_up_and_the_cu
 
     monkeypatch.setattr(repository, "count_unread", fail)
     message = await ann.say(chat, "hi")
-    async with asyncio.timeout(20):
-        while await cursor_of(services, chat) != message["seq"]:
-            await asyncio.sleep(0.05)
+    await cursor_at(services, chat, message["seq"])
     assert tries == notification_service.TRIES_MAX
     assert services.notifications.devices_waiting == 0
     assert not google.to(token)
@@ -151,9 +149,7 @@ async def test_a_cursor_waits_for_others_unless_a_push_would_be_repeated(
     await ann.say(untold, "nobody has a device here")
     message = await ann.say(told, "hi")
     await google.wait(token)
-    async with asyncio.timeout(20):
-        while await cursor_of(services, told) != message["seq"]:
-            await asyncio.sleep(0.05)
+    await cursor_at(services, told, message["seq"])
     assert await cursor_of(services, untold) == 0
     await services.notifications._stop_pushing()
     assert await cursor_of(services, untold) == 1
@@ -162,6 +158,14 @@ async def test_a_cursor_waits_for_others_unless_a_push_would_be_repeated(
 async def cursor_of(services: Services, chat_id: int) -> int | None:
     async with services.database.reading() as session:
         return await session.scalar(select(Chat.pushed_seq).where(Chat.id == chat_id))
+
+
+async def cursor_at(services: Services, chat_id: int, seq: int) -> None:
+    async with asyncio.timeout(20):
+        while True:
+            if await cursor_of(services, chat_id) == seq:
+                break
+            await asyncio.sleep(0.05)
 
 
 async def test_whoever_ends_to_push_counts_no_device_any_more(services: Services) -> None:
