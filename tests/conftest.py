@@ -26,6 +26,7 @@ for _name in Settings.model_fields:
 os.environ["SECRET_KEY"] = "the key of the application that nobody starts"
 Settings.model_config["env_file"] = None
 
+from app import main  # noqa: E402
 from app.core.logging import log_formatter  # noqa: E402
 from app.db.database import Database  # noqa: E402
 from app.main import create_app  # noqa: E402
@@ -34,7 +35,7 @@ from tests.support import libraries  # noqa: E402
 from tests.support.contract import judge  # noqa: E402
 from tests.support.databases import ENGINES, MYSQL_URL, MysqlDatabase, SqliteTemplate, make_settings  # noqa: E402
 from tests.support.redis_server import RedisServer  # noqa: E402
-from tests.support.secrets import check_log  # noqa: E402
+from tests.support.secrets import PLANTED, check_log  # noqa: E402
 from tests.support.servers import COMMANDS, Door, Server, environment  # noqa: E402
 
 
@@ -151,8 +152,10 @@ async def database(settings: Settings) -> AsyncIterator[Database]:
 
 
 @pytest.fixture
-async def app(settings: Settings) -> AsyncIterator[FastAPI]:
+async def app(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[FastAPI]:
     """The application, started."""
+    # A test asks for few routes, which are built when it does: all of them take a tenth of a second, for each test.
+    monkeypatch.setattr(main, "build_routes", lambda app: None)
     app = create_app(settings)
     async with app.router.lifespan_context(app):
         yield app
@@ -260,10 +263,12 @@ def _collector() -> Iterator[_Collector]:
 
 @pytest.fixture(autouse=True)
 def _clean_log(_collector: _Collector, request: pytest.FixtureRequest) -> Iterator[None]:
-    begin = len(_collector.lines)
+    begin, planted = len(_collector.lines), len(PLANTED)
     yield
     text = "\n".join(_collector.lines[begin:])
-    check_log(text, "the log of this test", tracebacks_allowed=_provokes_errors(request))
+    # Its own secrets: those of earlier tests are looked for once, at the end.
+    provokes = _provokes_errors(request)
+    check_log(text, "the log of this test", tracebacks_allowed=provokes, planted_since=planted)
 
 
 def _provokes_errors(request: pytest.FixtureRequest) -> bool:

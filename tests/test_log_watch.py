@@ -10,7 +10,7 @@ from tests.support.secrets import check_log
 
 @pytest.fixture(autouse=True)
 def _planted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(secrets, "PLANTED", {"79990000000"})
+    monkeypatch.setattr(secrets, "PLANTED", {"79990000000": None})
 
 
 @pytest.mark.parametrize("line", ["+79990000000", "%2B79990000000", "phone=79990000000 called"])
