@@ -134,9 +134,9 @@ async def test_chats_are_looked_at_together_and_those_beyond_a_look_come_next(
 
     monkeypatch.setattr(repository, "list_targets", counted)
     await asyncio.gather(*(ann.say(chat, "hi") for chat in chats))
-    await google.wait(token, len(chats))
-    assert {push.data["chat_id"] for push in google.to(token)} == {str(chat) for chat in chats}
-    assert max(looks) == 4  # the fourth chat of two brings a look to its seven members
+    all_chats = {str(chat) for chat in chats}
+    await google.until(lambda: {push.data["chat_id"] for push in google.to(token)} == all_chats, "a push of each chat")
+    assert 1 < max(looks) <= 4  # the fourth chat of two brings a look to its seven members
 
 
 async def test_a_cursor_waits_for_others_unless_a_push_would_be_repeated(
