@@ -241,11 +241,12 @@ def poor_user(mysql_settings: Settings) -> Iterator[str]:
     connection = pymysql.connect(
         host=url.hostname, port=url.port or 3306, user=unquote(url.username or ""), password=unquote(url.password or "")
     )
+    name = f"dialect_poor_{os.getpid()}"  # other test processes have one, too
     with connection.cursor() as cursor:
-        cursor.execute("DROP USER IF EXISTS dialect_poor")
-        cursor.execute("CREATE USER dialect_poor IDENTIFIED BY 'Hollow-mountain-77'")
-        yield "dialect_poor"
-        cursor.execute("DROP USER dialect_poor")
+        cursor.execute(f"DROP USER IF EXISTS {name}")
+        cursor.execute(f"CREATE USER {name} IDENTIFIED BY 'Hollow-mountain-77'")
+        yield name
+        cursor.execute(f"DROP USER {name}")
     connection.close()
 
 
@@ -258,7 +259,7 @@ def test_a_mysql_user_without_rights_is_one_sentence(
     assert done.returncode != 0
     assert_one_sentence(
         done.stdout + done.stderr,
-        r"^MySQL at .* does not let the user dialect_poor use or create the database dialect_elsewhere: ",
+        rf"^MySQL at .* does not let the user {poor_user} use or create the database dialect_elsewhere: ",
     )
 
 
