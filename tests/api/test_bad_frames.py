@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import Iterator
 from typing import Any, get_args
@@ -180,9 +179,11 @@ async def test_every_bad_frame_gets_its_error_and_harms_nobody(
         commands = good_frames(chat_id, message["id"], bo.id, ann.account.access_token)
         assert set(commands) == set(schemas()), "a new command needs an example here"
 
-        async with watched(server, cy, dan) as watch, await ann.open(server) as socket:
-            talk = asyncio.create_task(watch.go_on())
-
+        async with (
+            watched(server, cy, dan) as watch,
+            watch.talking(least=10),
+            await ann.open(server) as socket,
+        ):
             # What is wrong with its form.
             for kind, good in commands.items():
                 for frame, codes in spoilt(schemas()[kind], {"type": kind, **good}):
@@ -242,6 +243,3 @@ async def test_every_bad_frame_gets_its_error_and_harms_nobody(
                 if kind != "typing":  # which is not answered when all is well
                     answer = await socket.wait(lambda event: event["type"] in ("ack", "error", "pong", "resumed"))
                     assert answer["type"] in ("ack", "pong", "resumed"), (kind, answer)
-            talk.cancel()
-            await asyncio.gather(talk, return_exceptions=True)
-            watch.check(least=10)

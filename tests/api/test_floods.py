@@ -87,18 +87,13 @@ def pour(client: Client, begin: bytes, small: bytes) -> int | None:
 async def test_a_flood_of_small_frames_is_closed_and_costs_little(server: Server) -> None:
     async with server.client() as client:
         ann, bo, cy = await people(client, 3)
-        async with watched(server, bo, cy) as watch:
-            talk = asyncio.create_task(watch.go_on())
+        async with watched(server, bo, cy) as watch, watch.talking(least=150):
             for name, (begin, small) in FLOODS.items():
                 used = processor_seconds(server.pid)
                 with await asyncio.to_thread(open_raw, server, ann) as flooder:
                     code = await asyncio.to_thread(pour, flooder, begin, small)
                 assert code == 4429, name
                 assert processor_seconds(server.pid) - used < 1, name
-            await watch.enough(150)
-            talk.cancel()
-            await asyncio.gather(talk, return_exceptions=True)
-            watch.check(least=150)
 
 
 @pytest.mark.settings(limit_small_frames_per_second=LIMIT)
@@ -398,9 +393,8 @@ async def test_thousands_of_silent_connections_harm_nobody(
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, max(soft, CONNECTIONS + 500)), hard))
     async with server.client() as client:
         ann, bo = await people(client, 2)
-        async with watched(server, ann, bo) as watch:
+        async with watched(server, ann, bo) as watch, watch.talking(least=150):
             before = memory(server.pid, "VmRSS")
-            talk = asyncio.create_task(watch.go_on())
             end = time.monotonic() + SECONDS
             hung_up = 0
 
@@ -419,10 +413,6 @@ async def test_thousands_of_silent_connections_harm_nobody(
             async with asyncio.timeout(60 + 2 * SECONDS):
                 await asyncio.gather(*map(be_silent, range(CONNECTIONS)))
             grown = memory(server.pid, "VmRSS") - before
-            await watch.enough(150)
-            talk.cancel()
-            await asyncio.gather(talk, return_exceptions=True)
-            watch.check(least=150)
     with capsys.disabled():
         sys.stdout.write(
             f"\n{CONNECTIONS} silent connections for {SECONDS:.0f} s: {hung_up} hung up on; p99 of others "

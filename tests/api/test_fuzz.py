@@ -158,20 +158,15 @@ async def test_fuzzed_frames_harm_nobody_else(
             for _ in range(100):
                 await watch.say()
             calm, watch.seconds = watch.p99, []
-            talk = asyncio.create_task(watch.go_on())
-            tasks = await asyncio_tasks(client)
-            sent = begun = 0
-            for third, attacker in enumerate(attackers):
-                sent += await attack(attacker, base, frames // 3, chance, talk)
-                if third == 0:
-                    begun = memory(server.pid, "VmRSS")
-            grown = memory(server.pid, "VmRSS") - begun
-            if talk.done():
-                await talk
-            talk.cancel()
-            await asyncio.gather(talk, return_exceptions=True)
+            async with watch.talking(least=20) as talk:
+                tasks = await asyncio_tasks(client)
+                sent = begun = 0
+                for third, attacker in enumerate(attackers):
+                    sent += await attack(attacker, base, frames // 3, chance, talk)
+                    if third == 0:
+                        begun = memory(server.pid, "VmRSS")
+                grown = memory(server.pid, "VmRSS") - begun
             assert server.exit_code is None
-            watch.check(least=20)
             await until(lambda: asyncio_tasks(client), tasks)
         assert (await client.get("/health/ready")).status_code == 200
         # What people can still do: everything.

@@ -120,8 +120,6 @@ class Watch:
     def __init__(self, sender: SocketClient, receiver: SocketClient, chat_id: int) -> None:
         self.sender, self.receiver, self.chat_id = sender, receiver, chat_id
         self.seconds: list[float] = []
-        self._wanted = 0
-        self._enough = asyncio.Event()
 
     async def say(self) -> None:
         """One message there."""
@@ -130,31 +128,36 @@ class Watch:
         assert (await self.sender.say(self.chat_id, text))["type"] == "ack"
         await self.receiver.wait(lambda event: event["message"]["content"] == text, type="new_message")
         self.seconds.append(time.monotonic() - began)
-        if len(self.seconds) >= self._wanted:
-            self._enough.set()
         await self.sender.wait(type="new_message")
 
-    async def go_on(self) -> None:
-        """Messages, until this is cancelled."""
+    @contextlib.asynccontextmanager
+    async def talking(self, least: int) -> AsyncIterator[asyncio.Task[None]]:
+        """They chat while this lasts, and then until so many messages have come; yields the task that only fails."""
+        talk = asyncio.create_task(self._go_on())
+        try:
+            yield talk
+            async with asyncio.timeout(30):
+                while len(self.seconds) < least and not talk.done():
+                    await asyncio.wait([talk], timeout=0.01)
+            if talk.done():
+                talk.result()
+        finally:
+            talk.cancel()
+            await asyncio.gather(talk, return_exceptions=True)
+        self.check()
+
+    async def _go_on(self) -> None:
         while True:
             await self.say()
             await asyncio.sleep(0.005)
-
-    async def enough(self, count: int) -> None:
-        """Return once so many messages have come, in the task that sends them."""
-        self._wanted = count
-        self._enough.clear()
-        async with asyncio.timeout(30):
-            await self._enough.wait()
 
     @property
     def p99(self) -> float:
         """Seconds that all but one in a hundred took at most: the machine itself may pause now and then."""
         return sorted(self.seconds)[-1 - len(self.seconds) // 100]
 
-    def check(self, least: int) -> None:
+    def check(self) -> None:
         """Nobody has waited for a second, and nothing came twice or to the wrong people."""
-        assert len(self.seconds) >= least
         assert self.p99 < 1, self.seconds
         for socket in (self.sender, self.receiver):
             assert {event["type"] for event in socket.seen} <= {"hello", "ack", "new_message", "heartbeat"}
