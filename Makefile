@@ -8,6 +8,8 @@ ARGS   ?=
 BIN := $(VENV)/bin
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
+# Where it is set, each of the many processes of a test run compiles all modules for itself.
+unexport PYTHONDONTWRITEBYTECODE
 
 # The stamps remember what was installed: a repeat run installs again only when the lists have changed.
 CREATED := $(VENV)/.created

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import os
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from pathlib import Path
@@ -45,6 +46,12 @@ def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginMa
         parser.addini("timeout", "seconds that a test may take, where pytest-timeout is installed")
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """Half as many again as processors: a third of the time a test waits, for a deadline or for its server."""
+    return math.ceil(len(os.sched_getaffinity(0)) * 1.5)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Declare the marks of this suite. Fails where nothing may be left out and a library is missing."""
     if libraries.all_wanted() and (missing := libraries.missing()):
@@ -52,6 +59,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if not config.pluginmanager.has_plugin("timeout"):
         config.addinivalue_line("markers", "timeout(seconds): how long a test may take, where pytest-timeout is there")
     config.addinivalue_line("markers", "settings(**values): settings of the test's database, application and servers")
+    config.addinivalue_line("markers", "by_command: servers are not forked from a process that has imported them")
     config.addinivalue_line("markers", "logs_errors: the test provokes a failure that is logged with its traceback")
 
 
@@ -154,11 +162,18 @@ async def database(settings: Settings) -> AsyncIterator[Database]:
 @pytest.fixture
 async def app(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[FastAPI]:
     """The application, started."""
-    # A test asks for few routes, which are built when it does: all of them take a tenth of a second, for each test.
-    monkeypatch.setattr(main, "build_routes", lambda app: None)
+    monkeypatch.setattr(main, "build_routes", _share_routes)
     app = create_app(settings)
     async with app.router.lifespan_context(app):
         yield app
+
+
+def _share_routes(app: FastAPI) -> None:
+    """Take those that `app.main.app` has built: to build them takes a tenth of a second, and for each test minutes."""
+    built = {id(route.original_router): route for route in main.app.routes if hasattr(route, "original_router")}
+    for index, route in enumerate(app.routes):
+        if hasattr(route, "original_router"):
+            app.router.routes[index] = built[id(route.original_router)]
 
 
 @pytest.fixture
@@ -187,6 +202,7 @@ def start_server(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Sta
     """Starts servers: `start_server(settings, door="plain")`. What still runs at the end of the test is stopped."""
     started: list[Server] = []
     numbers = itertools.count(1)
+    by_command = any(map(request.node.get_closest_marker, ("by_command", "chaos", "soak")))
 
     def start(settings: Settings, door: Door = "tuned", *, ready: bool = True, **variables: str) -> Server:
         server = Server(
@@ -194,6 +210,7 @@ def start_server(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Sta
             cwd=tmp_path,
             env=environment(settings, **variables),
             log_path=tmp_path / f"server-{next(numbers)}.log",
+            forked=not by_command and not variables,  # some of which are read by imports
         )
         started.append(server)
         if ready:
@@ -224,7 +241,9 @@ def shared_server(
     folder = tmp_path_factory.mktemp("shared")
     mysql = MysqlDatabase(f"dialect_shared_{os.getpid()}") if request.param == "mysql" else None
     settings = make_settings(**(mysql.new() if mysql else sqlite_template.new(folder)))
-    server = Server(COMMANDS["tuned"], cwd=folder, env=environment(settings), log_path=folder / "server.log")
+    server = Server(
+        COMMANDS["tuned"], cwd=folder, env=environment(settings), log_path=folder / "server.log", forked=True
+    )
     try:
         server.wait_until_ready()
         yield server

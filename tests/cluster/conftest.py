@@ -43,7 +43,13 @@ def servers(
     with killed_at_the_end() as started:
         for name in ("first", "second"):
             started.append(
-                Server(COMMANDS["tuned"], cwd=folder, env=environment(settings), log_path=folder / f"{name}.log")
+                Server(
+                    COMMANDS["tuned"],
+                    cwd=folder,
+                    env=environment(settings),
+                    log_path=folder / f"{name}.log",
+                    forked=True,
+                )
             )
         for server in started:
             server.wait_until_ready()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import re
@@ -11,7 +12,6 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -20,6 +20,7 @@ from pydantic import SecretStr
 
 from app.core.config import Settings
 from tests.support.contract import judge
+from tests.support.fork_server import ForkedProcess
 from tests.support.secrets import check_log
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -27,9 +28,10 @@ PATIENCE = 30.0
 """Seconds for what takes a moment. Only a failing test waits so long."""
 
 Door = Literal["tuned", "plain"]
+PYTHON_MODULE = [sys.executable, "-m"]
 COMMANDS: dict[Door, list[str]] = {
-    "tuned": [sys.executable, "-m", "app", "--host", "127.0.0.1", "--port", "0"],
-    "plain": [sys.executable, "-m", "uvicorn", "app.main:app", "--host", "127.0.0.1", "--port", "0"],
+    "tuned": [*PYTHON_MODULE, "app", "--host", "127.0.0.1", "--port", "0"],
+    "plain": [*PYTHON_MODULE, "uvicorn", "app.main:app", "--host", "127.0.0.1", "--port", "0"],
 }
 
 
@@ -77,7 +79,9 @@ class Server:
         cwd: Path,
         env: dict[str, str],
         log_path: Path,
+        forked: bool = False,
     ) -> None:
+        """`forked`: a command of Python, from a process that has imported the server already."""
         self.log_path = log_path
         self.env = env
         self.url = ""
@@ -85,17 +89,22 @@ class Server:
         self._changed = threading.Condition()
         self._ended = False
         # A new session, so that a stop also reaches what `--reload` starts.
-        self._process = subprocess.Popen(
-            arguments,
-            cwd=cwd,
-            env=env,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="backslashreplace",
-            start_new_session=True,
-        )
+        self._process: subprocess.Popen[str] | ForkedProcess
+        if forked:
+            assert list(arguments[:2]) == PYTHON_MODULE
+            self._process = ForkedProcess(arguments[2:], cwd=cwd, env=env)
+        else:
+            self._process = subprocess.Popen(
+                arguments,
+                cwd=cwd,
+                env=env,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors="backslashreplace",
+                start_new_session=True,
+            )
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
@@ -162,7 +171,9 @@ class Server:
     def kill(self) -> None:
         """End it at once, as a power cut does."""
         if self.exit_code is None:
-            os.killpg(self._process.pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # a forked one leads no group yet
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.send_signal(signal.SIGKILL)
         self.wait()
 
     def _read(self) -> None:
@@ -180,7 +191,7 @@ class Server:
             self._changed.notify_all()
 
 
-@contextmanager
+@contextlib.contextmanager
 def killed_at_the_end() -> Iterator[list[Server]]:
     """A list of servers to add to; in the end they are killed and their logs are looked through."""
     started: list[Server] = []

@@ -1,0 +1,68 @@
+"""Python programs without the two seconds of CPU that a server's imports take: one process has them, and forks.
+
+What a start itself is about (`tests/test_start.py`, the chaos suite, the benchmark) runs the real command instead.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import runpy
+import sys
+from collections.abc import Mapping, Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+from subprocess import TimeoutExpired
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["tests.support.server_imports"])
+
+
+class ForkedProcess:
+    """`python -m MODULE ARGUMENTS...` in a session of its own, seen as `subprocess.Popen` shows it."""
+
+    def __init__(self, arguments: Sequence[str], *, cwd: Path, env: Mapping[str, str]) -> None:
+        reader, writer = _context.Pipe(duplex=False)
+        self._arguments = arguments
+        self._process = _context.Process(target=_run, args=(arguments, cwd, dict(env), writer))
+        self._process.start()
+        writer.close()
+        self.stdout = os.fdopen(os.dup(reader.fileno()), errors="backslashreplace")
+        reader.close()
+
+    @property
+    def pid(self) -> int:
+        """The process."""
+        assert self._process.pid is not None
+        return self._process.pid
+
+    def poll(self) -> int | None:
+        """Its exit status, negative for a signal's number; None while it runs."""
+        return self._process.exitcode
+
+    def wait(self, timeout: float) -> int:
+        """Its exit status, once it has ended. Raises TimeoutExpired."""
+        self._process.join(timeout)
+        if self._process.exitcode is None:
+            raise TimeoutExpired(self._arguments, timeout)
+        return self._process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        """Send a signal to it."""
+        if self._process.exitcode is None:
+            os.kill(self.pid, number)
+
+
+def _run(arguments: Sequence[str], cwd: Path, env: dict[str, str], output: Connection) -> None:
+    os.setsid()
+    os.dup2(output.fileno(), 1)
+    os.dup2(output.fileno(), 2)
+    output.close()
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        setattr(sys, name, os.fdopen(number, "w", buffering=1, errors="backslashreplace", closefd=False))
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(env)
+    module, *rest = arguments
+    sys.argv = [module, *rest]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
