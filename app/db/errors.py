@@ -96,7 +96,9 @@ def is_sent_before(error: BaseException) -> bool:
 
 
 def is_outdated(error: BaseException) -> bool:
-    """Whether MySQL found a chat changed or held (`repositories.chat_log.require_unchanged`)."""
+    """Whether a chat was found changed or held (`repositories.chat_log.require_unchanged`)."""
+    if isinstance(error, sqlite3.OperationalError):
+        return str(error) == "integer overflow"
     return isinstance(error, mysql_errors.Error) and _mysql_code(error) in OUTDATED_ERRORS
 
 

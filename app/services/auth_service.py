@@ -167,10 +167,12 @@ class AuthService:
                 raise _invalid_credentials()
             if new_hash is not None:
                 await user_repository.update_password(uow.session, user_id, new_hash)
-            if pruned := await session_repository.prune_sessions(uow.session, user_id, self._now()):
-                await push_repository.delete_devices(uow.session, pruned)
-                await trace_repository.delete_pushed(uow.session, pruned)
-            await self._make_room(uow, user_id)
+            expired, alive = await session_repository.prune_sessions(uow.session, user_id, self._now())
+            if expired:
+                await push_repository.delete_devices(uow.session, expired)
+                await trace_repository.delete_pushed(uow.session, expired)
+            if surplus := self._with_seen(alive)[self.settings.max_sessions_per_user - 1 :]:
+                await self._end(uow, [row.id for row in surplus], "too_many")
             refresh_token = await self._insert_session(uow, session)
         return self._tokens(user_id, session_id, refresh_token)
 
@@ -181,11 +183,6 @@ class AuthService:
         """
         known = any(address_key(row.ip) == address for row in alive)
         return (phone, address) if known else (phone,)
-
-    async def _make_room(self, uow: UnitOfWork, user_id: int) -> None:
-        alive = self._with_seen(await session_repository.list_alive(uow.session, user_id, self._now()))
-        if surplus := [row.id for row in alive[self.settings.max_sessions_per_user - 1 :]]:
-            await self._end(uow, surplus, "too_many")
 
     def _new_session(self, session_id: int, user_id: int, ip: str, device_name: str, platform: str) -> SessionRow:
         now = self._now()

@@ -343,25 +343,32 @@ async def lock_and_find(
     return found
 
 
+SQLITE_MIN = "-9223372036854775807 - 1"
+"""The least integer: it has no absolute value (https://sqlite.org/lang_corefunc.html#abs)."""
 CHATS_BY_NAME_MAX = 20
 """More of them are cheaper to compare with a table of values than by name."""
 
 
 async def require_unchanged(executor: Executor, chats: Sequence[ChatRow]) -> None:
-    """Lock chats that are as in these rows, together with what is written next; MySQL only.
+    """Lock chats that are as in these rows, together with what is written next.
 
     If one has moved on, or is held by somebody else, all of that is refused (`db.errors.is_outdated`).
     """
     rows = sorted((chat.id, chat.version, chat.members_version) for chat in chats)
+    names = ("id", "version", "members_version")
+    on = " AND ".join(f"t.{name} = v.{name}" for name in names)
+    # A number too large for either database is an error, at which all that follows is left out.
+    if not is_mysql(executor):
+        values = f"WITH v({', '.join(names)}) AS (VALUES {_values(executor, rows)})"
+        checked = f"abs(CASE COUNT(*) WHEN {len(rows):d} THEN 0 ELSE {SQLITE_MIN} END)"
+        await _execute(executor, Statement(f"{values} SELECT {checked} FROM v CROSS JOIN chats t ON {on}"))  # noqa: S608
+        return
     if len(rows) <= CHATS_BY_NAME_MAX:
         same = " OR ".join(f"(id={number:d} AND version={v:d} AND members_version={m:d})" for number, v, m in rows)
         found = f"chats FORCE INDEX (PRIMARY) WHERE {same} FOR UPDATE NOWAIT"
     else:
-        names = ("id", "version", "members_version")
-        on = " AND ".join(f"t.{name} = v.{name}" for name in names)
         values = f"(VALUES {_values(executor, rows)}) AS v ({', '.join(names)})"
         found = f"{values} STRAIGHT_JOIN chats t FORCE INDEX (PRIMARY) ON {on} FOR UPDATE OF t NOWAIT"
-    # A number too large for MySQL is an error, at which it leaves out all that follows in the packet.
     await _execute(executor, Statement(f"SELECT EXP(IF(COUNT(*) = {len(rows):d}, 0, 999)) FROM {found}"))  # noqa: S608
 
 

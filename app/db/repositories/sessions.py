@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import NamedTuple, cast
 
-from sqlalchemy import Table, delete, insert, select, update
+from sqlalchemy import Table, delete, insert, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.db.models import RefreshToken, Session
@@ -127,18 +127,23 @@ async def rotate_token(
     await session.execute(delete(TOKEN).where(TOKEN.c.session_id == row.id, TOKEN.c.used_at < forget_before))
 
 
-async def prune_sessions(session: AsyncSession, user_id: int, before: datetime) -> list[int]:
-    """Delete the sessions of a user that expired before a moment, with their tokens. The user is locked.
+async def prune_sessions(session: AsyncSession, user_id: int, now: datetime) -> tuple[list[int], list[SessionRow]]:
+    """Delete the sessions of a user that have expired, with their tokens. The user is locked.
 
-    Returns their ids.
+    Returns the ids of those, and the sessions that are alive, the last used first: in one look, for a login on
+    SQLite keeps all other writes waiting.
     """
     result = await session.execute(
-        select(SESSION.c.id).where(SESSION.c.user_id == user_id, SESSION.c.expires_at < before)
+        select(*SESSION_COLUMNS)
+        .where(SESSION.c.user_id == user_id, or_(SESSION.c.ended_at.is_(None), SESSION.c.expires_at <= now))
+        .order_by(SESSION.c.last_seen_at.desc(), SESSION.c.id.desc())
     )
-    if session_ids := list(result.scalars()):
-        await session.execute(delete(SESSION).where(SESSION.c.id.in_(session_ids)))
-        await session.execute(delete(TOKEN).where(TOKEN.c.session_id.in_(session_ids)))
-    return session_ids
+    rows = [SessionRow(*row) for row in result]
+    expired = [row.id for row in rows if row.expires_at <= now]
+    if expired:
+        await session.execute(delete(SESSION).where(SESSION.c.id.in_(expired)))
+        await session.execute(delete(TOKEN).where(TOKEN.c.session_id.in_(expired)))
+    return expired, [row for row in rows if row.is_alive(now)]
 
 
 async def list_ended(session: AsyncSession, session_ids: Sequence[int]) -> set[int]:

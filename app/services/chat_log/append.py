@@ -88,10 +88,10 @@ class Appender:
         somebody else holds come back deferred; otherwise the lock is waited for. Without `look_up`, earlier sends
         are looked up only of what would be refused, and the database refuses all changes together when one of them
         was sent before (`db.errors.is_sent_before`): the caller rolls back, and appends them with `look_up`.
-        With `recall`, MySQL is asked nothing where `known` says enough, and refuses all changes together when a chat
-        has moved on or is held (`db.errors.is_outdated`): the caller rolls back, and appends them without `recall`.
+        With `recall`, nothing is asked where `known` says enough, and the database refuses all changes together when a
+        chat has moved on or is held (`db.errors.is_outdated`): the caller rolls back, and appends them without it.
         """
-        if recall and not look_up and repository.is_mysql(executor):
+        if recall and not look_up:
             batch = _Batch(self, executor, changes, message_ids, look_up=False)
             if (appended := await batch.run_from_memory()) is not None:
                 return appended

@@ -1,4 +1,4 @@
-"""Chats as this process last left them: what lets the writer number a message without asking MySQL first."""
+"""Chats as this process last left them: what lets the writer number a message without asking the database first."""
 
 from __future__ import annotations
 
