@@ -275,10 +275,12 @@ async def test_the_sender_sees_what_firebase_said_and_that_it_needed_none(
     async with server.client() as client:
         ann, *others = await people(client, 6)
         gone, down, taken, unwilling, silent = others
-        chat = await ann.group(*others)
         for other in others:
             await ann.personal(other)
         tokens = {other.id: await with_device(other) for other in others}
+        chat = await ann.group(*others)
+        for token in tokens.values():  # its creation is pushed, too
+            await google.wait(token, answered=True)
         await silent.do("PATCH", f"/chats/{chat}/settings", {"muted_until": "9999-12-31T23:59:59.000Z"})
         google.answers[tokens[gone.id]] = [unregistered()]
         google.answers[tokens[down.id]] = [failure(500, "INTERNAL"), failure(500, "INTERNAL"), Answer()]
@@ -385,8 +387,10 @@ async def test_the_operator_sees_mute_devices_and_answers_beside_the_server_and_
     server = await launch(start_server, pushing)
     async with server.client() as client:
         ann, bo, cy, di = await people(client, 4)
-        chat = await ann.group(bo, cy, di)
         token_bo, token_cy = await with_device(bo), await with_device(cy)
+        chat = await ann.group(bo, cy, di)
+        for token in (token_bo, token_cy):  # its creation is pushed, too
+            await google.wait(token, answered=True)
         google.answers[token_bo] = [unregistered()]
         await cy.do("PATCH", f"/chats/{chat}/settings", {"muted_until": "9999-12-31T23:59:59.000Z"})
         message = await ann.say(chat, TEXT)
