@@ -49,7 +49,7 @@ SEARCH_SECONDS = 5.0
 SEARCH_WINDOW_SECONDS = 60
 BACKLOG_SECONDS = 24 * 3600
 """After a start or an outage, what is older is not pushed any more."""
-SEARCH_LIMIT = 1000
+SEARCH_CHATS = 1000
 LOOK_PAUSE_SECONDS = 0.25
 """Looks begin no closer to each other: what comes meanwhile is looked at together, for three queries in all."""
 LOOK_CHATS = 100
@@ -305,13 +305,18 @@ class NotificationService:
         """Find chats that lag behind: after a start what a crash left, later what no hint told of."""
         seconds = BACKLOG_SECONDS if self._behind else SEARCH_WINDOW_SECONDS
         self._behind = False
-        async with self._database.reading() as session:
-            found = await repository.list_unpushed(session, seconds=seconds, limit=SEARCH_LIMIT)
-        self._behind |= len(found) == SEARCH_LIMIT
-        for chat_id, last_seq in found:
-            chat = self._chats.get(chat_id)
-            if chat is None or chat.seen < last_seq:
-                self._hint(chat_id)
+        last: repository.LaggingChat | None = None
+        # To the end: those that lag longest come last, behind all that are busy now.
+        while not self._behind:
+            async with self._database.reading() as session:
+                found = await repository.list_unpushed(session, seconds=seconds, after=last, limit=SEARCH_CHATS)
+            for row in found:
+                chat = self._chats.get(row.id)
+                if chat is None or chat.seen < row.last_seq:
+                    self._hint(row.id)
+            if len(found) < SEARCH_CHATS:
+                break
+            last = found[-1]
 
     # --- who is to hear of it ---
 

@@ -155,6 +155,23 @@ async def test_a_cursor_waits_for_others_unless_a_push_would_be_repeated(
     assert await cursor_of(services, untold) == 1
 
 
+async def test_a_search_finds_what_lags_behind_however_many_chats_are_busy(
+    client: httpx.AsyncClient, services: Services, google: FakeGoogle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(notification_service, "SEARCH_CHATS", 2)
+    monkeypatch.setattr(notification_service, "SEARCH_SECONDS", 0.05)
+    monkeypatch.setattr(notification_service, "STORE_UNTOLD_SECONDS", 1000.0)
+    ann, bo, cy = await people(client, 3)
+    token = await with_device(bo)
+    lagging = await ann.personal(bo)
+    busy = [await ann.group(cy) for _ in range(4)]
+    await services.notifications._stop_pushing()  # from here on nobody gives a hint, until it begins again
+    for chat in (lagging, *busy):
+        await ann.say(chat, "hi")
+    [push] = await google.wait(token)
+    assert push.data["chat_id"] == str(lagging)
+
+
 async def cursor_of(services: Services, chat_id: int) -> int | None:
     async with services.database.reading() as session:
         return await session.scalar(select(Chat.pushed_seq).where(Chat.id == chat_id))

@@ -36,6 +36,7 @@ from app.db.models import (
 from app.db.repositories import chats
 from app.db.repositories.chat_log import CHANGED_AT_SECONDS, database_now, is_mysql
 from app.db.repositories.chats import Unread
+from app.db.repositories.keys import in_order_of
 
 CHAT = cast(Table, Chat.__table__)
 MEMBER = cast(Table, ChatMember.__table__)
@@ -51,6 +52,14 @@ _IS_PERSONAL = CHAT.c.type == "personal"
 
 BADGE_CHATS = 25
 """Chats that are counted together for a badge: most badges are full before the next."""
+
+
+class LaggingChat(NamedTuple):
+    """A chat with messages that were not pushed, and where it stands among those that have some."""
+
+    id: int
+    last_seq: int
+    changed_at: datetime
 
 
 class DeviceRow(NamedTuple):
@@ -136,19 +145,27 @@ async def delete_dead_device(session: AsyncSession, row: DeviceRow) -> None:
 # --- how far push has come --------------------------------------------------------------------------------------
 
 
-async def list_unpushed(session: AsyncSession, *, seconds: int, limit: int) -> list[tuple[int, int]]:
-    """(chat_id, last_seq) of chats with messages not pushed, among those active in the last `seconds`, newest first.
+async def list_unpushed(
+    session: AsyncSession, *, seconds: int, after: LaggingChat | None = None, limit: int
+) -> list[LaggingChat]:
+    """Chats with messages not pushed, among those active in the last `seconds`, newest first; after the last of a page
+    comes the next.
 
     Activity is by the server's clock, the search by the database's: both stand in the chat's row.
     """
     since = database_now(session, seconds_ago=seconds + CHANGED_AT_SECONDS)
-    result = await session.execute(
-        select(CHAT.c.id, CHAT.c.last_seq)
+    statement = (
+        select(CHAT.c.id, CHAT.c.last_seq, CHAT.c.changed_at)
         .where(CHAT.c.changed_at >= since, CHAT.c.last_activity_at >= since, CHAT.c.pushed_seq < CHAT.c.last_seq)
         .order_by(CHAT.c.changed_at.desc(), CHAT.c.id.desc())
         .limit(limit)
     )
-    return [(row[0], row[1]) for row in result]
+    if after is not None:
+        # The first half is for MySQL, which finds no range in the second.
+        earlier = or_(CHAT.c.changed_at < after.changed_at, CHAT.c.id < after.id)
+        statement = statement.where(CHAT.c.changed_at <= after.changed_at, earlier)
+    result = await session.execute(in_order_of(statement, CHAT, "ix_chats_changed_at"))
+    return [LaggingChat(*row) for row in result]
 
 
 async def find_chats(session: AsyncSession, chat_ids: Sequence[int]) -> list[UnpushedChat]:
