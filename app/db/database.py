@@ -17,10 +17,13 @@ import sys
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
+from threading import Thread
 from typing import IO, Any, Literal
 
+import aiosqlite
 import asyncmy
 import pymysql
+from aiosqlite.core import _connection_worker_thread
 from alembic import command
 from alembic.config import Config as AlembicConfig
 from alembic.runtime.migration import MigrationContext
@@ -237,16 +240,15 @@ class Database:
             )
         else:
             timeout = settings.db_timeout_seconds
-            self.read_engine = create_async_engine(
-                url, pool_size=SQLITE_READERS, max_overflow=0, pool_timeout=timeout, connect_args={"timeout": timeout}
-            )
-            self.write_engine = create_async_engine(
-                url,
-                pool_size=1,
-                max_overflow=0,
-                pool_timeout=timeout,
-                connect_args={"timeout": SQLITE_LOCK_SLICE_SECONDS},
-            )
+
+            def open_engine(size: int, lock_timeout: float) -> AsyncEngine:
+                connect = {"timeout": lock_timeout, "async_creator_fn": _SQLiteConnection}
+                return create_async_engine(
+                    url, pool_size=size, max_overflow=0, pool_timeout=timeout, connect_args=connect
+                )
+
+            self.read_engine = open_engine(SQLITE_READERS, timeout)
+            self.write_engine = open_engine(1, SQLITE_LOCK_SLICE_SECONDS)
             self._sqlite_log = SQLiteLogConnection(
                 str(settings.sqlite_path.absolute()), lock_timeout_seconds=SQLITE_LOCK_SLICE_SECONDS
             )
@@ -498,6 +500,31 @@ async def _connect_mysql(**arguments: Any) -> Any:
     except RuntimeError as error:
         # "Transport does not expose socket instance": the server hung up before the driver could look at it.
         raise ConnectionResetError(str(error)) from error
+
+
+class _SQLiteConnection(aiosqlite.Connection):
+    """A connection that can be stopped while it is being closed, and whose loop may end meanwhile.
+
+    SQLAlchemy stops one when what waits for its closing is cancelled. aiosqlite's `close` then stops it once more, and
+    waits for a thread that ended at the first stop: the process would not exit.
+    """
+
+    def __init__(self, path: str, **arguments: Any) -> None:
+        super().__init__(lambda: sqlite3.connect(path, **arguments), iter_chunk_size=64)
+        self._thread = Thread(target=_serve_sqlite, args=(self._tx,), daemon=True)
+        self._stopped = False
+        self._end: asyncio.Future[Any] | None = None
+
+    def stop(self) -> asyncio.Future[Any] | None:
+        if not self._stopped:
+            self._stopped = True
+            self._end = super().stop()
+        return self._end
+
+
+def _serve_sqlite(requests: Any) -> None:
+    with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits for the last answer
+        _connection_worker_thread(requests)
 
 
 def _prepare_sqlite(engine: AsyncEngine, *, begin: str, read_only: bool, patience: float) -> None:

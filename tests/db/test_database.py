@@ -75,6 +75,38 @@ async def test_a_connection_in_use_while_the_database_closes_is_closed_when_it_i
     assert opened.left == 0
 
 
+async def test_whoever_is_cancelled_while_a_connection_is_closed_leaves_no_task_that_never_ends(
+    settings: Settings,
+) -> None:
+    database = Database(settings)
+    await database.start()
+    uses = asyncio.Event()
+
+    async def use() -> None:
+        async with database.reading() as session:
+            await session.execute(text("SELECT 1"))
+            uses.set()
+            await asyncio.Event().wait()
+
+    user = asyncio.create_task(use())
+    await uses.wait()
+    await database.close()
+    user.cancel()
+    async with asyncio.timeout(5):
+        while True:  # it gives its connection back, and a task of SQLAlchemy closes that
+            tasks = asyncio.all_tasks() - {asyncio.current_task()}
+            closing = [task for task in tasks if "_terminate_graceful_close" in repr(task)]
+            if closing:
+                break
+            await asyncio.sleep(0)
+    await asyncio.sleep(0)  # it begins
+    # As the end of the loop does; what waits for the closing is told first.
+    for task in (*(tasks - set(closing)), *closing):
+        task.cancel()
+    _, left = await asyncio.wait(tasks, timeout=5)
+    assert not left
+
+
 async def test_a_connection_opened_after_the_database_closed_does_not_stay_open(settings: Settings) -> None:
     database = Database(settings)
     opened = Opened(database)
