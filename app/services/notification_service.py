@@ -55,10 +55,12 @@ LOOK_PAUSE_SECONDS = 0.25
 LOOK_CHATS = 100
 LOOK_MEMBERS = 1000
 """A look ends with the chat that brings it to so many members, each with a device or several."""
+LOOK_MESSAGES = 1000
+"""And with the one that brings it to so many messages: they are read into memory together."""
 STORE_SECONDS = 1.0
 """Between stores of cursors that have moved past a push: so much is pushed again after a crash."""
 STORE_UNTOLD_SECONDS = 5.0
-"""The same of those that have only moved past messages that needed none: they are looked at again, to no effect."""
+"""The same of those that have only moved past messages that nobody's device was to hear of: nothing is pushed again."""
 STORE_BATCH = 200
 """Cursors moved by one transaction, which for a moment holds the rows that the writer wants."""
 MARKS_MAX = 20_000
@@ -106,7 +108,7 @@ class _Chat:
     stored_at: float
     slots: asyncio.Semaphore
     told: bool = False
-    """Whether Firebase has been asked for a push that the cursor in the database is not past."""
+    """Whether a device was to hear of something that the cursor in the database is not past."""
     jobs: dict[int, _Job] = field(default_factory=dict)
 
     @property
@@ -289,7 +291,8 @@ class NotificationService:
                 # Those of now: what comes meanwhile would be looked at one by one.
                 hints = deque(self._hints)
                 while hints and self.devices_waiting < JOBS_MAX and loop.time() < next_search:
-                    await self._look([hints.popleft() for _ in range(min(LOOK_CHATS, len(hints)))])
+                    some = [hints.popleft() for _ in range(min(LOOK_CHATS, len(hints)))]
+                    hints.extendleft(reversed(await self._look(some)))
             except Unavailable:
                 log.info("push_without_database")
                 self._behind = True
@@ -306,36 +309,59 @@ class NotificationService:
         seconds = BACKLOG_SECONDS if self._behind else SEARCH_WINDOW_SECONDS
         self._behind = False
         last: repository.LaggingChat | None = None
-        # To the end: those that lag longest come last, behind all that are busy now.
-        while not self._behind:
-            async with self._database.reading() as session:
-                found = await repository.list_unpushed(session, seconds=seconds, after=last, limit=SEARCH_CHATS)
-            for row in found:
-                chat = self._chats.get(row.id)
-                if chat is None or chat.seen < row.last_seq:
-                    self._hint(row.id)
-            if len(found) < SEARCH_CHATS:
-                break
-            last = found[-1]
+        try:
+            # To the end: those that lag longest come last, behind all that are busy now.
+            while not self._behind:
+                async with self._database.reading() as session:
+                    found = await repository.list_unpushed(session, seconds=seconds, after=last, limit=SEARCH_CHATS)
+                for row in found:
+                    chat = self._chats.get(row.id)
+                    if chat is None or chat.seen < row.last_seq:
+                        self._hint(row.id)
+                if len(found) < SEARCH_CHATS:
+                    break
+                last = found[-1]
+        except Exception:
+            self._behind = True  # whatever it was: the next search looks as far back
+            raise
 
     # --- who is to hear of it ---
 
-    async def _look(self, chat_ids: Sequence[int]) -> None:
-        """Read what came to chats, and begin to tell those who need to hear it."""
+    async def _look(self, chat_ids: Sequence[int]) -> list[int]:
+        """Read what came to chats, and begin to tell those who need to hear it. Returns the chats that were too much
+        for one look; their hints stay, first in line."""
         for chat_id in chat_ids:
             self._hints.pop(chat_id, None)
         try:
-            async with self._database.reading() as session:
-                chats = self._choose(await repository.find_chats(session, chat_ids))
-                if not chats:
-                    return
-                spans = [Span(chat.id, chat.seen, last_seq) for chat, last_seq in chats]
-                newest = await repository.list_newest(session, spans, limit=NEWEST_MAX)
-                targets = await repository.list_targets(session, [span.chat_id for span in spans], now=self._now())
+            return await self._look_together(chat_ids)
         except Unavailable:
-            for chat_id in chat_ids:
-                self._hint(chat_id)
+            self._put_back(chat_ids)
             raise
+        except Exception:
+            self._behind = True  # the next search finds them all again
+            if len(chat_ids) == 1:
+                log.exception("push_look_failed", extra={"chat_id": chat_ids[0]})
+                return []
+        # One of them may be what fails each time: it holds up no other.
+        self._put_back(chat_ids)
+        for chat_id in chat_ids:
+            await self._look([chat_id])
+        return []
+
+    def _put_back(self, chat_ids: Sequence[int]) -> None:
+        """Hints for the next look, before all that came meanwhile."""
+        self._hints = {**dict.fromkeys(chat_ids), **self._hints}
+
+    async def _look_together(self, chat_ids: Sequence[int]) -> list[int]:
+        async with self._database.reading() as session:
+            rows = {row.id: row for row in await repository.find_chats(session, chat_ids)}
+            chats, left = self._choose([rows[chat_id] for chat_id in chat_ids if chat_id in rows])
+            if not chats:
+                return []
+            spans = [Span(chat.id, chat.seen, last_seq) for chat, last_seq in chats]
+            newest = await repository.list_newest(session, spans, limit=NEWEST_MAX)
+            targets = await repository.list_targets(session, [span.chat_id for span in spans], now=self._now())
+        self._put_back(left)
         messages = {chat_id: list(of_chat) for chat_id, of_chat in groupby(newest, key=lambda message: message.chat_id)}
         firsts: dict[int, int] = {}
         for chat, last_seq in chats:
@@ -345,11 +371,13 @@ class NotificationService:
         for target in targets:
             if seq := _newest_for(target, messages.get(target.chat_id, ())):
                 self._tell(self._chats[target.chat_id], target.device, firsts[target.chat_id], seq)
+        return left
 
-    def _choose(self, rows: Sequence[UnpushedChat]) -> list[tuple[_Chat, int]]:
-        """The chats with something new, and their last message; those beyond a look are left to the next one."""
+    def _choose(self, rows: Sequence[UnpushedChat]) -> tuple[list[tuple[_Chat, int]], list[int]]:
+        """The chats with something new, and their last message; and those that are beyond a look."""
         chosen: list[tuple[_Chat, int]] = []
-        members = 0
+        left: list[int] = []
+        members = messages = 0
         for row in rows:
             chat = self._chats.get(row.id)
             if chat is None:
@@ -358,14 +386,16 @@ class NotificationService:
             chat.seen = max(chat.seen, row.pushed_seq)
             if row.last_seq <= chat.seen:
                 continue
-            if members >= LOOK_MEMBERS:
-                self._hint(row.id)
+            if members >= LOOK_MEMBERS or messages >= LOOK_MESSAGES:
+                left.append(row.id)
                 continue
             members += row.member_count
+            messages += min(row.last_seq - chat.seen, NEWEST_MAX)
             chosen.append((chat, row.last_seq))
-        return chosen
+        return chosen, left
 
     def _tell(self, chat: _Chat, device: DeviceRow, first: int, seq: int) -> None:
+        chat.told = True
         job = chat.jobs.get(device.session_id)
         if job is not None:
             job.seq = seq  # its next try tells of this one, too
@@ -462,7 +492,6 @@ class NotificationService:
         if self._firebase is None:
             raise RuntimeError("push is off")
         data = {"type": "new_message", "chat_id": str(chat.id), "seq": str(job.trying), "unread": str(unread)}
-        chat.told = True
         with metrics.push_seconds.time():
             outcome = await self._firebase.send(Push(device.kind, device.token, f"chat-{chat.id}", data))
         metrics.push_outcomes.labels(outcome.kind).inc()

@@ -19,7 +19,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from app.core.config import Settings
 from app.db.models import Chat
 from app.db.repositories import push as repository
-from app.db.repositories.push import DeviceRow, Target
+from app.db.repositories.push import DeviceRow, Target, UnpushedChat
 from app.services import notification_service
 from app.services.container import Services
 from app.services.notification_service import NotificationService
@@ -139,6 +139,74 @@ async def test_chats_are_looked_at_together_and_those_beyond_a_look_come_next(
     assert 1 < max(looks) <= 4  # the fourth chat of two brings a look to its seven members
 
 
+async def test_a_busy_chat_that_fills_a_look_holds_up_no_other(
+    client: httpx.AsyncClient, google: FakeGoogle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(notification_service, "LOOK_MEMBERS", 2)
+    ann, bo, cy = await people(client, 3)
+    busy = await ann.group(cy)
+    others = [await ann.group(bo) for _ in range(3)]
+    token = await with_device(bo)
+    find_chats = repository.find_chats
+
+    async def find_and_say(session: AsyncSession, chat_ids: Sequence[int]) -> list[UnpushedChat]:
+        await ann.say(busy, "and on")
+        return await find_chats(session, chat_ids)
+
+    monkeypatch.setattr(repository, "find_chats", find_and_say)
+    await ann.say(busy, "it begins")
+    wanted = {(chat, (await ann.say(chat, "hi"))["seq"]) for chat in others}
+    await google.until(lambda: wanted <= pushed(google, token), "a push of each chat")
+
+
+def pushed(google: FakeGoogle, token: str) -> set[tuple[int, int]]:
+    """(chat_id, seq) that a device was told of."""
+    return {(int(push.data["chat_id"]), int(push.data["seq"])) for push in google.to(token)}
+
+
+@pytest.mark.logs_errors
+@pytest.mark.parametrize("fails", ["once", "always"])
+async def test_a_chat_that_cannot_be_looked_at_holds_up_no_other(
+    client: httpx.AsyncClient, google: FakeGoogle, monkeypatch: pytest.MonkeyPatch, fails: str
+) -> None:
+    ann, bo = await people(client, 2)
+    chats = [await ann.group(bo) for _ in range(4)]
+    token = await with_device(bo)
+    await ann.say(chats[0], "the first look, with the search before it, is over")
+    await google.wait(token)
+    monkeypatch.setattr(notification_service, "SEARCH_SECONDS", 1000.0)
+    find_chats = repository.find_chats
+    broken = {chats[1]}
+
+    async def find_others(session: AsyncSession, chat_ids: Sequence[int]) -> list[UnpushedChat]:
+        if broken.intersection(chat_ids):
+            if fails == "once":
+                broken.clear()
+            raise ProgrammingError("SELECT", {}, Exception("of this chat"))
+        return await find_chats(session, chat_ids)
+
+    monkeypatch.setattr(repository, "find_chats", find_others)
+    said = await asyncio.gather(*(ann.say(chat, "hi") for chat in chats))
+    wanted = {(one["chat_id"], one["seq"]) for one in said if fails == "once" or one["chat_id"] != chats[1]}
+    await google.until(lambda: wanted <= pushed(google, token), "a push of each chat")
+
+
+async def test_a_cursor_is_stored_soon_past_what_a_device_turned_out_to_have(
+    client: httpx.AsyncClient, services: Services, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(notification_service, "STORE_UNTOLD_SECONDS", 1000.0)
+
+    async def needs_none(*_: object) -> None:
+        """Bo's socket has marked it delivered."""
+
+    monkeypatch.setattr(NotificationService, "_attempt", needs_none)
+    ann, bo = await people(client, 2)
+    await with_device(bo)
+    chat = await ann.personal(bo)
+    message = await ann.say(chat, "hi")
+    await cursor_at(services, chat, message["seq"])  # else it would be pushed after a crash
+
+
 async def test_a_cursor_waits_for_others_unless_a_push_would_be_repeated(
     client: httpx.AsyncClient, services: Services, google: FakeGoogle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -165,7 +233,7 @@ async def test_a_search_finds_what_lags_behind_however_many_chats_are_busy(
     token = await with_device(bo)
     lagging = await ann.personal(bo)
     busy = [await ann.group(cy) for _ in range(4)]
-    await services.notifications._stop_pushing()  # from here on nobody gives a hint, until it begins again
+    monkeypatch.setattr(services.notifications, "hint", lambda _: None)
     for chat in (lagging, *busy):
         await ann.say(chat, "hi")
     [push] = await google.wait(token)
