@@ -435,6 +435,23 @@ async def _newest(cast: Cast, session: AsyncSession) -> object:
     return await push.list_newest(session, [push.Span(cast.chat, 0, cast.last_seq)], limit=5)
 
 
+def _busy(size: Size) -> list[int]:
+    """Chats that got messages at once: all of the reader's but the large ones, a hundred at most."""
+    return size.chats_of_reader()[2:102]
+
+
+@_query("who is to hear of messages in many chats", lambda size: 100 * len(_busy(size)), 6000)
+async def _targets_of_many(cast: Cast, session: AsyncSession) -> object:
+    now = cast.services.clock.now().replace(tzinfo=None)
+    return await push.list_targets(session, _busy(cast.size), now=now)
+
+
+@_query("newest messages of many chats, for a push", lambda size: 15 * len(_busy(size)))
+async def _newest_of_many(cast: Cast, session: AsyncSession) -> object:
+    spans = [push.Span(chat_id, 0, 10) for chat_id in _busy(cast.size)]
+    return await push.list_newest(session, spans, limit=5)
+
+
 # --- logging in and connecting ----------------------------------------------------------------------------------
 
 

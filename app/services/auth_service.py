@@ -167,7 +167,7 @@ class AuthService:
                 raise _invalid_credentials()
             if new_hash is not None:
                 await user_repository.update_password(uow.session, user_id, new_hash)
-            expired, alive = await session_repository.prune_sessions(uow.session, user_id, self._now())
+            expired, alive = await session_repository.prune_and_list_alive(uow.session, user_id, self._now())
             if expired:
                 await push_repository.delete_devices(uow.session, expired)
                 await trace_repository.delete_pushed(uow.session, expired)

@@ -178,7 +178,7 @@ class TraceService:
             raise message_not_found()
         [message] = rows
         member = await chats_repository.find_membership(session, message.chat_id, user_id)
-        chat = next(iter(await push_repository.find_chats(session, [message.chat_id])), None)
+        chat = await push_repository.find_chat(session, message.chat_id)
         if member is None or chat is None or message.seq < member.visible_from_seq:
             raise message_not_found()
         return message, chat
@@ -233,7 +233,7 @@ class TraceService:
         now = self._now()
         async with self._database.reading() as session:
             rows = await log_repository.find_messages(session, [message_id])
-            chat = next(iter(await push_repository.find_chats(session, [row.chat_id for row in rows])), None)
+            chat = await push_repository.find_chat(session, rows[0].chat_id) if rows else None
             if chat is None:
                 raise message_not_found()
             [message] = rows

@@ -191,6 +191,26 @@ async def test_a_chat_that_cannot_be_looked_at_holds_up_no_other(
     await google.until(lambda: wanted <= pushed(google, token), "a push of each chat")
 
 
+async def test_across_a_block_neither_is_told_whoever_set_it(client: httpx.AsyncClient, services: Services) -> None:
+    ann, bo, cy = await people(client, 3)
+    chat = await ann.personal(bo)
+    for person in (ann, bo, cy):
+        await with_device(person)
+    await cy.block(ann)  # concerns nobody else
+
+    async def targets() -> set[int]:
+        async with services.database.reading() as session:
+            now = datetime.now(UTC).replace(tzinfo=None)
+            return {target.device.user_id for target in await repository.list_targets(session, [chat], now=now)}
+
+    assert await targets() == {ann.id, bo.id}
+    for one, other in ((ann, bo), (bo, ann)):
+        await one.block(other)
+        assert await targets() == set()
+        await one.unblock(other)
+        assert await targets() == {ann.id, bo.id}
+
+
 async def test_a_cursor_is_stored_soon_past_what_a_device_turned_out_to_have(
     client: httpx.AsyncClient, services: Services, monkeypatch: pytest.MonkeyPatch
 ) -> None:

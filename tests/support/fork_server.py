@@ -1,10 +1,12 @@
 """Python programs without the two seconds of CPU that a server's imports take: one process has them, and forks.
 
 What a start itself is about (`tests/test_start.py`, the chaos suite, the benchmark) runs the real command instead.
+To the server a forked process looks like a worker: it has a parent of multiprocessing's, whose end ends it, too.
 """
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import runpy
@@ -50,7 +52,8 @@ class ForkedProcess:
     def send_signal(self, number: int) -> None:
         """Send a signal to it."""
         if self._process.exitcode is None:
-            os.kill(self.pid, number)
+            with contextlib.suppress(ProcessLookupError):  # it has just ended, and the server of forks knows first
+                os.kill(self.pid, number)
 
 
 def _run(arguments: Sequence[str], cwd: Path, env: dict[str, str], output: Connection) -> None:
@@ -60,6 +63,8 @@ def _run(arguments: Sequence[str], cwd: Path, env: dict[str, str], output: Conne
     output.close()
     for number, name in ((1, "stdout"), (2, "stderr")):
         setattr(sys, name, os.fdopen(number, "w", buffering=1, errors="backslashreplace", closefd=False))
+    if "app.services.container" not in sys.modules:  # Python says nothing of it
+        sys.stderr.write("fork_server: nothing was imported beforehand; start pytest in the project's folder\n")
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)

@@ -171,9 +171,10 @@ class Server:
     def kill(self) -> None:
         """End it at once, as a power cut does."""
         if self.exit_code is None:
-            with contextlib.suppress(ProcessLookupError):  # a forked one leads no group yet
+            try:
                 os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.send_signal(signal.SIGKILL)
+            except ProcessLookupError:  # a forked one leads no group yet, or has just ended
+                self._process.send_signal(signal.SIGKILL)
         self.wait()
 
     def _read(self) -> None:

@@ -176,6 +176,12 @@ async def find_chats(session: AsyncSession, chat_ids: Sequence[int]) -> list[Unp
     return [UnpushedChat(*row) for row in result]
 
 
+async def find_chat(session: AsyncSession, chat_id: int) -> UnpushedChat | None:
+    """The same of one."""
+    rows = await find_chats(session, [chat_id])
+    return rows[0] if rows else None
+
+
 async def advance_pushed(session: AsyncSession, done: Sequence[tuple[int, int]]) -> None:
     """Move cursors forward, of (chat_id, seq): compared and set, so that none ever goes back."""
     # One statement: many would hold the rows, which the writer wants, for as many round trips.
@@ -232,15 +238,15 @@ def is_muted(now: datetime) -> ColumnElement[bool]:
 def _is_blocked() -> ColumnElement[bool]:
     """Whether a member's personal chat is with somebody who blocks them, or whom they block."""
     peer = MEMBER.alias("peer")
+    # By the pair's key. Of two conditions, one for each order, MySQL makes a walk over all pairs there are.
+    member_is_low = MEMBER.c.user_id < peer.c.user_id
     return and_(
         _IS_PERSONAL,
         exists()
         .where(
             peer.c.chat_id == MEMBER.c.chat_id,
-            or_(
-                and_(PAIR.c.low_id == MEMBER.c.user_id, PAIR.c.high_id == peer.c.user_id),
-                and_(PAIR.c.high_id == MEMBER.c.user_id, PAIR.c.low_id == peer.c.user_id),
-            ),
+            PAIR.c.low_id == case((member_is_low, MEMBER.c.user_id), else_=peer.c.user_id),
+            PAIR.c.high_id == case((member_is_low, peer.c.user_id), else_=MEMBER.c.user_id),
             or_(PAIR.c.low_blocks_high, PAIR.c.high_blocks_low),
         )
         .correlate(MEMBER),

@@ -127,16 +127,18 @@ async def rotate_token(
     await session.execute(delete(TOKEN).where(TOKEN.c.session_id == row.id, TOKEN.c.used_at < forget_before))
 
 
-async def prune_sessions(session: AsyncSession, user_id: int, now: datetime) -> tuple[list[int], list[SessionRow]]:
+async def prune_and_list_alive(
+    session: AsyncSession, user_id: int, now: datetime
+) -> tuple[list[int], list[SessionRow]]:
     """Delete the sessions of a user that have expired, with their tokens. The user is locked.
 
-    Returns the ids of those, and the sessions that are alive, the last used first: in one look, for a login on
-    SQLite keeps all other writes waiting.
+    Returns the ids of those, and the sessions that are alive, in no order: in one look, for a login on SQLite keeps
+    all other writes waiting.
     """
     result = await session.execute(
-        select(*SESSION_COLUMNS)
-        .where(SESSION.c.user_id == user_id, or_(SESSION.c.ended_at.is_(None), SESSION.c.expires_at <= now))
-        .order_by(SESSION.c.last_seen_at.desc(), SESSION.c.id.desc())
+        select(*SESSION_COLUMNS).where(
+            SESSION.c.user_id == user_id, or_(SESSION.c.ended_at.is_(None), SESSION.c.expires_at <= now)
+        )
     )
     rows = [SessionRow(*row) for row in result]
     expired = [row.id for row in rows if row.expires_at <= now]
