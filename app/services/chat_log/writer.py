@@ -1,11 +1,12 @@
-"""The group-committing writer: what arrives from all connections during one commit is the next transaction.
+"""The group-committing writer: what arrives from all connections during one commit is the next transaction, or the
+next two.
 
 No timer: an idle server commits a lone message at once, a busy one a few hundred together. One batch is under way at
 a time: two would be smaller ones, and dearer per message, and now and then MySQL holds up two commits that meet for
 100 ms (docs/performance.md). Only beside a commit that takes long does the next one begin, with chats of its own. An
 outcome is told after the commit, never before; while it is told, the next batch is on its way to the database.
 
-What this process wrote last it remembers: sends to such chats go to MySQL in one packet with the commit, and MySQL
+What this process wrote last it remembers: sends to such chats go to the database together with the commit, and it
 refuses them all when a chat has moved on since; then they are written again, after a look. A transaction that fails
 for the database's reasons is tried again with the same client ids, so that a commit whose outcome is unknown still
 makes one row; one that fails for its content is bisected, so that one poisoned change fails alone.
@@ -42,8 +43,9 @@ BATCH_CHARACTERS_MAX = 500_000
 """Text in one transaction: in one packet to MySQL it takes up to eight bytes per character."""
 
 MYSQL_BATCH_FLOOR = 100
-"""So many changes go to MySQL together; of more that wait, half. If all went at once, all those who wait for their
-outcomes would send again at once, and the server and MySQL would only ever work in turns. SQLite works in turns."""
+"""So many changes go to MySQL together; of twice as many that wait, or more, half. If all went at once, all those who
+wait for their outcomes would send again at once, and the server and MySQL would only ever work in turns. SQLite works
+in turns."""
 
 SLOW_COMMIT_SECONDS = 0.004
 """A commit that takes longer hangs: over a lock, on the disk, in MySQL itself. The next batch then begins beside it."""
