@@ -452,6 +452,17 @@ async def _newest_of_many(cast: Cast, session: AsyncSession) -> object:
     return await push.list_newest(session, spans, limit=5)
 
 
+@_query("moving the cursors of 10 chats", 3 * RECENT)
+async def _advance(cast: Cast, session: AsyncSession) -> None:
+    await push.advance_pushed(session, [(chat_id, 2**40) for chat_id in _busy(cast.size)[:RECENT]])
+
+
+@_query("what stands between somebody and 100 others", 220, 150)
+async def _pairs(cast: Cast, session: AsyncSession) -> object:
+    step = cast.size.users // 101
+    return await pairs.find_pairs(session, READER, [READER + step * place for place in range(1, 101)])
+
+
 # --- logging in and connecting ----------------------------------------------------------------------------------
 
 
@@ -465,6 +476,11 @@ async def _log_in(cast: Cast, session: AsyncSession) -> object:
     found = await users.find_credentials(session, phone_of(cast.size.users // 2))
     assert found is not None
     return await sessions.list_alive(session, found[0], cast.services.clock.now().replace(tzinfo=None))
+
+
+@_query("the sessions of who logs in", 10)
+async def _prune(cast: Cast, session: AsyncSession) -> object:
+    return await sessions.prune_and_list_alive(session, READER, cast.services.clock.now().replace(tzinfo=None))
 
 
 @_query("the chats of a connection", lambda size: 2 * size.reader_chats + 5)
