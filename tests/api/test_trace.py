@@ -103,7 +103,11 @@ def push_of(found: Json, person: Person) -> str | None:
 async def operator(settings: Settings, message_id: int, *options: str) -> str:
     """What the operator's command prints, beside whatever runs."""
     done = await asyncio.to_thread(
-        run, [*COMMAND, str(message_id), *options], cwd=settings.upload_path.parent, env=environment(settings)
+        run,
+        [*COMMAND, str(message_id), *options],
+        cwd=settings.upload_path.parent,
+        env=environment(settings),
+        forked=True,
     )
     assert done.returncode == 0, done.stderr
     assert TEXT not in done.stdout
@@ -439,12 +443,12 @@ async def test_the_command_says_in_a_sentence_what_is_wrong(settings: Settings, 
     none = run([*COMMAND, "42"], cwd=tmp_path, env=env)
     assert (none.returncode, none.stdout, none.stderr) == (1, "", "There is no such message. (message 42)\n")
     for wrong in ("0", "x", "-1", str(2**53)):
-        refused = run([*COMMAND, "--", wrong], cwd=tmp_path, env=env)
+        refused = run([*COMMAND, "--", wrong], cwd=tmp_path, env=env, forked=True)
         assert (refused.returncode, refused.stdout) == (2, "")
         assert "an id is a number" in refused.stderr
     if not settings.uses_mysql:
         missing = tmp_path / "missing.db"
-        done = run([*COMMAND, "42"], cwd=tmp_path, env={**env, "SQLITE_PATH": str(missing)})
+        done = run([*COMMAND, "42"], cwd=tmp_path, env={**env, "SQLITE_PATH": str(missing)}, forked=True)
         assert (done.returncode, done.stdout) == (1, "")
         assert done.stderr == f"There is no database {missing}; run: python -m app migrate\n"
         assert not missing.exists()

@@ -11,10 +11,11 @@ import multiprocessing
 import os
 import runpy
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
-from subprocess import TimeoutExpired
+from subprocess import CompletedProcess, TimeoutExpired
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["tests.support.server_imports"])
@@ -23,10 +24,13 @@ _context.set_forkserver_preload(["tests.support.server_imports"])
 class ForkedProcess:
     """`python -m MODULE ARGUMENTS...` in a session of its own, seen as `subprocess.Popen` shows it."""
 
-    def __init__(self, arguments: Sequence[str], *, cwd: Path, env: Mapping[str, str]) -> None:
+    def __init__(
+        self, arguments: Sequence[str], *, cwd: Path, env: Mapping[str, str], stderr: Path | None = None
+    ) -> None:
+        """Without a file for `stderr`, it is written to where `stdout` is."""
         reader, writer = _context.Pipe(duplex=False)
         self._arguments = arguments
-        self._process = _context.Process(target=_run, args=(arguments, cwd, dict(env), writer))
+        self._process = _context.Process(target=_work, args=(arguments, cwd, dict(env), writer, stderr))
         self._process.start()
         writer.close()
         self.stdout = os.fdopen(os.dup(reader.fileno()), errors="backslashreplace")
@@ -56,10 +60,19 @@ class ForkedProcess:
                 os.kill(self.pid, number)
 
 
-def _run(arguments: Sequence[str], cwd: Path, env: dict[str, str], output: Connection) -> None:
+def run(arguments: Sequence[str], *, cwd: Path, env: Mapping[str, str], timeout: float) -> CompletedProcess[str]:
+    """Run `python -m MODULE ARGUMENTS...` to its end. Raises TimeoutExpired."""
+    with tempfile.NamedTemporaryFile("r", errors="backslashreplace") as stderr:
+        process = ForkedProcess(arguments, cwd=cwd, env=env, stderr=Path(stderr.name))
+        with process.stdout as stdout:
+            written = stdout.read()
+        return CompletedProcess(arguments, process.wait(timeout), written, stderr.read())
+
+
+def _work(arguments: Sequence[str], cwd: Path, env: dict[str, str], output: Connection, stderr: Path | None) -> None:
     os.setsid()
     os.dup2(output.fileno(), 1)
-    os.dup2(output.fileno(), 2)
+    os.dup2(output.fileno() if stderr is None else os.open(stderr, os.O_WRONLY), 2)
     output.close()
     for number, name in ((1, "stdout"), (2, "stderr")):
         setattr(sys, name, os.fdopen(number, "w", buffering=1, errors="backslashreplace", closefd=False))

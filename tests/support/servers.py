@@ -19,6 +19,7 @@ import httpx
 from pydantic import SecretStr
 
 from app.core.config import Settings
+from tests.support import fork_server
 from tests.support.contract import judge
 from tests.support.fork_server import ForkedProcess
 from tests.support.secrets import check_log
@@ -64,8 +65,13 @@ def free_port() -> int:
             return port
 
 
-def run(arguments: Sequence[str], *, cwd: Path, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    """Run a command to its end."""
+def run(
+    arguments: Sequence[str], *, cwd: Path, env: dict[str, str], forked: bool = False
+) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end. `forked`: a command of Python, from a process that has imported the server already."""
+    if forked:
+        assert list(arguments[:2]) == PYTHON_MODULE
+        return fork_server.run(arguments[2:], cwd=cwd, env=env, timeout=PATIENCE * 2)
     return subprocess.run(arguments, cwd=cwd, env=env, text=True, capture_output=True, timeout=PATIENCE * 2)
 
 
