@@ -33,7 +33,7 @@ GROWTH_MIB = 8.0
 SPARE_FDS = 3
 """The pools of the database open connections when they first need them, and keep them."""
 PATIENCE = 30.0
-UNHURRIED = {"db_timeout_seconds": 60.0, "write_timeout_seconds": 60.0}
+UNHURRIED = {"db_timeout_seconds": 60.0, "write_timeout_seconds": 60.0, "bulk_wait_seconds": 60.0}
 """A disk that others keep busy slows this down; it is no test of how that is answered."""
 MIB = 1024 * 1024
 
