@@ -304,9 +304,6 @@ async def fetch(client: httpx.AsyncClient, headers: dict[str, str], user_id: int
 
 
 async def _get(client: httpx.AsyncClient, path: str, headers: dict[str, str]) -> Any:
-    try:
-        answer = await client.get(path, headers=headers)
-    except httpx.TransportError:  # a connection that was closed for being idle in the very moment it was used
-        answer = await client.get(path, headers=headers)
+    answer = await client.get(path, headers=headers)
     assert answer.status_code == 200, (path, answer.status_code, answer.text)
     return answer.json()
