@@ -21,7 +21,7 @@ from app.db.repositories.pairs import PairRow
 from app.db.schemas import Chat, ChatEditIn, ChatPage, ChatType, GroupIn, Members, Role, ServiceAction
 from app.services.chat_log.changes import Change, ChangeInfo, ChangeMembers, SendService
 from app.services.chat_log.roster import Roster
-from app.services.chat_log.views import chat_view, member_view
+from app.services.chat_log.views import chat_view, member_view, people_named
 from app.services.rate_limiter import RateLimiter
 from app.services.unit_of_work import UnitOfWork
 from app.services.user_service import users_seen_by
@@ -65,11 +65,12 @@ class ChatService:
             )
             more = len(rows) > limit
             rows = rows[:limit]
-            people = {row.peer_id for row in rows if row.peer_id is not None}
-            people |= {row.last_message.sender_id for row in rows if row.last_message is not None}
+            items = [chat_view(row) for row in rows]
+            people = {chat["peer_id"] for chat in items if chat["peer_id"] is not None}
+            people = people.union(*(people_named(chat["last_message"]) for chat in items if chat["last_message"]))
             users = await users_seen_by(session, user_id, sorted(people))
         return {
-            "items": [chat_view(row) for row in rows],
+            "items": items,
             "users": users,
             "next": _place(rows[-1]) if more else None,
         }

@@ -131,10 +131,12 @@ class MessageService:
             raise TooManyRequests("rate_limited", "Too many messages; slow down.", retry_after=wait)
 
     async def send(self, user_id: int, command: NewMessageCommand | EditMessageCommand) -> Message:
-        """Send or edit a message and return it as it is stored."""
+        """Send or edit a message and return it as it is stored, and as the caller sees it."""
         done = await self.write(user_id, command)
         if done.message is None:
             raise RuntimeError("a message that was written has no message")
+        if isinstance(command, EditMessageCommand) or done.earlier:  # what the caller may have hidden
+            return await self.get(user_id, command.chat_id, done.message["id"])
         return done.message
 
     async def delete(self, user_id: int, command: DeleteMessageCommand) -> None:

@@ -201,6 +201,7 @@ ROUTES: dict[str, Route] = {
     ),
     f"DELETE {API}/chats/{{chat_id}}/messages/{{message_id}}": Route(may="ok 403 404 404"),
     f"POST {API}/chats/{{chat_id}}/messages/{{message_id}}/read": Route(may="ok ok 404 404"),
+    f"POST {API}/chats/{{chat_id}}/messages/{{message_id}}/delivered": Route(may="ok ok 404 404"),
     f"GET {API}/chats/{{chat_id}}/messages/{{message_id}}/readers": Route(may="ok ok 404 404"),
     f"GET {API}/messages/history/{{chat_id}}": Route(may="ok ok 404 404"),
     f"GET {API}/messages/{{message_id}}/trace": Route(may="ok 404 404 404"),

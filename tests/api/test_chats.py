@@ -282,6 +282,7 @@ async def test_a_foreign_chat_and_a_missing_one_look_the_same_to_the_byte(client
         ("DELETE", "/chats/{chat}/messages/{message}", None),
         ("DELETE", "/chats/{chat}/messages/{message}?for_everyone=false", None),
         ("POST", "/chats/{chat}/messages/{message}/read", None),
+        ("POST", "/chats/{chat}/messages/{message}/delivered", None),
         ("GET", "/chats/{chat}/messages/{message}/readers", None),
         ("PATCH", "/chats/{chat}/settings", {"pinned": True}),
         ("PATCH", "/chats/{chat}/settings", {}),
@@ -461,6 +462,23 @@ async def test_the_list_has_all_that_is_needed_to_draw_it(client: httpx.AsyncCli
     assert (with_bo["last_message"]["content"], with_bo["last_message"]["deleted"]) == ("", True)
     assert with_bo["unread_count"] == 0
     assert (await cy.do("GET", "/chats"))["items"][0]["last_message"] == latest
+
+
+async def test_list_and_reset_bring_the_names_of_the_first_three_whom_a_service_message_is_about(
+    client: httpx.AsyncClient,
+) -> None:
+    ann, bo, *more = await people(client, 7)
+    group = await ann.group(bo)
+    await ann.add(group, *more)
+    page = await bo.do("GET", "/chats")
+    assert page["items"][0]["last_message"]["service"]["user_ids"] == [one.id for one in more]
+    assert {user["id"] for user in page["users"]} == {ann.id, *(one.id for one in more[:3])}
+    # In the chat or not.
+    await ann.remove(group, more[4])
+    assert {user["id"] for user in (await bo.do("GET", "/chats"))["users"]} == {ann.id, more[4].id}
+    [reset] = [event for event in await bo.resume() if event["type"] == "reset"]
+    members = {member["user_id"] for member in reset["members"]}
+    assert {user["id"] for user in reset["users"]} == {*members, more[4].id}
 
 
 async def test_pages_of_the_list_neither_skip_nor_repeat_while_messages_arrive(client: httpx.AsyncClient) -> None:

@@ -409,7 +409,7 @@ async def test_marking_a_message_read_reads_all_before_it_and_never_goes_back(cl
     answer = await ann.do("GET", f"/chats/{group}/messages/{sent[49]['id']}/readers")
     assert all(reader["read_at"] >= sent[49]["created_at"] for reader in answer["read_by"])
     # A stranger learns nothing and marks nothing.
-    for method, route in (("POST", "read"), ("GET", "readers")):
+    for method, route in (("POST", "read"), ("POST", "delivered"), ("GET", "readers")):
         path = f"/chats/{group}/messages/{message42['id']}/{route}"
         assert await eve.refused(method, path) == (404, "chat_not_found")
         assert await bo.refused(method, f"/chats/{group}/messages/999999/{route}") == (404, "message_not_found")
@@ -417,6 +417,33 @@ async def test_marking_a_message_read_reads_all_before_it_and_never_goes_back(cl
     # Who left is not asked about any more.
     await cy.leave(group)
     assert await ann.readers(sent[49]) == ({bo.id}, {bo.id})
+
+
+async def test_who_has_no_socket_marks_what_a_push_brought_as_delivered(client: httpx.AsyncClient) -> None:
+    ann, bo = await people(client, 2)
+    chat_id = await ann.personal(bo)
+    first, second = await ann.say(chat_id, "one"), await ann.say(chat_id, "two")
+    for message, reached in ((first, 1), (second, 2), (first, 2)):
+        await bo.do("POST", f"/chats/{chat_id}/messages/{message['id']}/delivered")
+        chat = await ann.chat(chat_id)
+        assert (chat["peer_delivered_seq"], chat["peer_read_seq"]) == (reached, 0)
+    assert (await bo.chat(chat_id))["unread_count"] == 2
+
+
+async def test_what_somebody_hid_is_empty_in_the_answer_to_an_edit_and_to_a_repeated_send(
+    client: httpx.AsyncClient,
+) -> None:
+    ann, bo = await people(client, 2)
+    chat_id = await ann.personal(bo)
+    client_id = str(uuid.uuid4())
+    sent = await ann.say(chat_id, "my own", client_id=client_id)
+    assert await ann.say(chat_id, "my own", client_id=client_id) == sent
+    await ann.delete(sent, for_everyone=False)
+    hidden = {**sent, "content": "", "hidden": True}
+    assert await ann.say(chat_id, "my own", client_id=client_id) == hidden
+    edited = await ann.edit(sent, "still heard by others")
+    assert (edited["content"], edited["hidden"], edited["edited_at"] is None) == ("", True, False)
+    assert contents(await bo.history(chat_id)) == ["still heard by others"]
 
 
 @pytest.mark.settings(limit_messages_per_second=1, limit_messages_burst=3)

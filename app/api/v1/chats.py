@@ -9,7 +9,13 @@ from fastapi.openapi.models import Example
 
 from app.api.deps import BulkCallerDep, CallerDep, ServicesDep, UowDep, cursor_query
 from app.api.problems import problems
-from app.db.events import DeleteMessageCommand, EditMessageCommand, MessageReadCommand, NewMessageCommand
+from app.db.events import (
+    DeleteMessageCommand,
+    EditMessageCommand,
+    MessageDeliveredCommand,
+    MessageReadCommand,
+    NewMessageCommand,
+)
 from app.db.schemas import (
     CLIENT_ID,
     MAX_ID,
@@ -261,6 +267,21 @@ async def mark_message_read(services: ServicesDep, caller: CallerDep, chat_id: C
     """Mark a message, and all before it, as read."""
     await services.messages.write(
         caller.user_id, MessageReadCommand(type="message_read", chat_id=chat_id, message_id=message_id)
+    )
+
+
+@router.post(
+    "/{chat_id:int}/messages/{message_id:int}/delivered",
+    summary="Mark as delivered",
+    status_code=204,
+    responses=problems(*WRITER),
+)
+async def mark_message_delivered(
+    services: ServicesDep, caller: CallerDep, chat_id: ChatId, message_id: MessageId
+) -> None:
+    """Mark a message, and all before it, as having reached one of the caller's devices: after a push, for instance."""
+    await services.messages.write(
+        caller.user_id, MessageDeliveredCommand(type="message_delivered", chat_id=chat_id, message_id=message_id)
     )
 
 

@@ -305,7 +305,7 @@ class _Batch:
 
     def _remember(self, sent: Sequence[MessageRow]) -> None:
         for row in sent:
-            self.earlier[row.chat_id, row.sender_id, row.client_id] = Done(message_view(row))
+            self.earlier[row.chat_id, row.sender_id, row.client_id] = Done(message_view(row), earlier=True)
 
     async def _look_up_refused(self, outcomes: list[Outcome]) -> None:
         """Give retries their first answers, whatever has become of their senders since."""

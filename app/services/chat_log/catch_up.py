@@ -37,6 +37,7 @@ from app.services.chat_log.views import (
     info_view,
     member_view,
     message_view,
+    people_named,
 )
 from app.services.coalescer import Coalescer
 from app.services.connection_manager import ConnectionManager, LoadedChats, OnlineUser
@@ -247,7 +248,7 @@ class CatchUpService:
         members = await chats_repository.list_members(session, chat_id, after=0, limit=PAGE_MEMBERS)
         newest = list(within_bytes(newest[::-1]))[::-1]
         messages = await visible_messages(session, user_id, chat_id, newest)
-        people = {row.user_id for row in members} | {message["sender_id"] for message in messages}
+        people = {row.user_id for row in members}.union(*map(people_named, messages))
         users = await users_seen_by(session, user_id, sorted(people))
         # Asked again, now that all is read: nothing said after somebody was removed may reach them.
         still = await chats_repository.find_cursor(session, chat_id, user_id)

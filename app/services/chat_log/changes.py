@@ -102,6 +102,8 @@ class Done:
     """A change that is part of the log now; `message` is the one sent, edited or deleted."""
 
     message: Message | None = None
+    earlier: bool = False
+    """Sent before, with the same client id."""
 
 
 class Deferred:

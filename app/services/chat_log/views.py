@@ -31,6 +31,9 @@ FOR_EVER = datetime(9999, 12, 31, 23, 59, 59)  # noqa: DTZ001 - naive UTC, as th
 NOT_MUTED = timestamp(datetime(1970, 1, 1))  # noqa: DTZ001
 """Not null, so that clients need one rule: muted while `muted_until` lies ahead."""
 
+NAMED_MAX = 3
+"""Of those whom one service message names: "Ann added Bo, Cy, Dee and 197 others"."""
+
 
 def message_view(row: MessageRow, *, hidden: bool = False) -> Message:
     """A message as the wire shows it; `hidden` when the viewer deleted it for themselves."""
@@ -52,6 +55,11 @@ def message_view(row: MessageRow, *, hidden: bool = False) -> Message:
         "deleted": row.deleted_at is not None,
         "hidden": hidden,
     }
+
+
+def people_named(message: Message) -> set[int]:
+    """Who must be known to draw a message: its sender, and the first few of those whom a service message names."""
+    return {message["sender_id"], *(message["service"]["user_ids"][:NAMED_MAX] if message["service"] else ())}
 
 
 def attachment_view(row: FileRow) -> Attachment:
