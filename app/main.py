@@ -110,7 +110,7 @@ async def lifespan(app: FastAPI) -> AsyncIterator[dict[str, object]]:
     services: Services = app.state.services
     try:
         await services.start()
-        with graceful_stop(services.drain):
+        with graceful_stop(services.drain, services.settings):
             yield {ADMISSION: services.admission}
     finally:
         await services.stop()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import asyncio
 import errno
 import os
 import re
@@ -654,6 +655,45 @@ async def test_a_signal_stops_it_soon(door: Door, number: int, settings: Setting
     async with httpx.AsyncClient() as client:
         with pytest.raises(httpx.ConnectError):
             await client.get(server.url)
+
+
+async def begin_a_request_that_never_ends(server: Server) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    where = urlsplit(server.url)
+    reader, writer = await asyncio.open_connection(where.hostname, where.port)
+    writer.write(f"POST /api/v1/auth/register HTTP/1.1\r\nHost: {where.netloc}\r\nContent-Length: 9\r\n\r\n".encode())
+    await writer.drain()
+    async with server.client() as client:  # which comes after it
+        assert (await client.get("/health/live")).status_code == 200
+    return reader, writer
+
+
+@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.settings(shutdown_seconds=4.0)
+async def test_a_request_that_never_ends_holds_up_no_stop(
+    door: Door, settings: Settings, start_server: StartServer
+) -> None:
+    server = start_server(settings, door)
+    answers, unfinished = await begin_a_request_that_never_ends(server)
+    server.signal(signal.SIGTERM)
+    await asyncio.to_thread(server.wait, 6)
+    assert "Application shutdown complete" in server.log
+    assert (await answers.read()).startswith(b"HTTP/1.1 503 ")
+    unfinished.close()
+
+
+@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.settings(shutdown_seconds=60.0)
+async def test_a_second_signal_does_not_wait(
+    door: Door, number: int, settings: Settings, start_server: StartServer
+) -> None:
+    server = start_server(settings, door)
+    _, unfinished = await begin_a_request_that_never_ends(server)
+    server.signal(number)
+    await asyncio.to_thread(server.wait_for_log, "Waiting for connections to close")
+    server.signal(number)
+    await asyncio.to_thread(server.wait, 5)
+    unfinished.close()
 
 
 def test_without_a_service_account_the_server_says_once_that_push_is_off(server: Server) -> None:

@@ -14,11 +14,20 @@ import threading
 from collections.abc import Awaitable, Callable, Iterator
 from types import FrameType
 
+import uvicorn
+
+from app.core.config import Settings
+
 log = logging.getLogger(__name__)
 
 
+def requests_seconds(settings: Settings) -> int:
+    """What is left of a stop's time for the requests still under way once the sockets are drained."""
+    return max(1, round(settings.shutdown_seconds / 4))
+
+
 @contextlib.contextmanager
-def graceful_stop(drain: Callable[[], Awaitable[None]]) -> Iterator[None]:
+def graceful_stop(drain: Callable[[], Awaitable[None]], settings: Settings) -> Iterator[None]:
     """While this lasts, the first SIGTERM or SIGINT runs `drain` before the server sees it; a second does not wait."""
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread hears signals; whoever runs us elsewhere stops us by other means
@@ -26,6 +35,10 @@ def graceful_stop(drain: Callable[[], Awaitable[None]]) -> Iterator[None]:
     loop = asyncio.get_running_loop()
     draining: set[asyncio.Task[None]] = set()
     inner = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    server = getattr(inner[signal.SIGTERM], "__self__", None)
+    if isinstance(server, uvicorn.Server) and server.config.timeout_graceful_shutdown is None:
+        # Started as `uvicorn app.main:app`, it would wait for ever for a client that does not read its download.
+        server.config.timeout_graceful_shutdown = requests_seconds(settings)
 
     async def drain_then_stop(number: int) -> None:
         try:
@@ -40,6 +53,8 @@ def graceful_stop(drain: Callable[[], Awaitable[None]]) -> Iterator[None]:
 
     def on_signal(number: int, frame: FrameType | None) -> None:
         if draining:
+            if isinstance(server, uvicorn.Server):
+                server.force_exit = True  # which it does by itself at a second SIGINT only
             _call(inner[signal.Signals(number)], number)
         else:
             loop.call_soon_threadsafe(start, number)

@@ -26,7 +26,16 @@ from app.api.socket_door import SocketDoor
 from app.core import metrics
 from app.core.clock import Clock
 from app.core.config import Settings
-from app.core.errors import BadInput, DialectError, NotFound, StartupError, TooLarge, TooSlow, file_too_large
+from app.core.errors import (
+    BadInput,
+    DialectError,
+    NotFound,
+    StartupError,
+    TooLarge,
+    TooSlow,
+    file_too_large,
+    shutting_down,
+)
 from app.core.logging import request_id
 from app.services.admission import Admission
 
@@ -208,6 +217,13 @@ class LastResort:
             await self.app(scope, receive, watch)
         except WebSocketDisconnect:
             pass  # the peer has gone, as peers do
+        except asyncio.CancelledError:
+            # The server stops and has waited long enough. Let through, it would be a traceback in uvicorn's log.
+            if scope["type"] != "http":
+                raise
+            log.warning("request_cut_short")
+            if not started:
+                await error_response(shutting_down())(scope, receive, send)
         except Exception:
             log.exception("unhandled_error")
             if scope["type"] == "websocket":

@@ -12,6 +12,7 @@ import threading
 import uvicorn
 from starlette.applications import Starlette
 
+from app.api.graceful_stop import requests_seconds
 from app.api.http_protocol import DialectHttpProtocol, Patience
 from app.api.websocket_protocol import DialectWebSocketProtocol
 from app.core.config import Settings
@@ -57,7 +58,7 @@ def server_config(app: Starlette | str, settings: Settings, host: str, port: int
         ws_per_message_deflate=False,  # memory per socket, and bombs, for messages too short to shrink
         ws_ping_interval=settings.socket_heartbeat_seconds,
         ws_ping_timeout=settings.socket_timeout_seconds,
-        timeout_graceful_shutdown=max(1, round(settings.shutdown_seconds / 4)),
+        timeout_graceful_shutdown=requests_seconds(settings),
         timeout_worker_healthcheck=round(settings.worker_timeout_seconds),
         proxy_headers=True,
         forwarded_allow_ips=settings.forwarded_allow_ips,

@@ -100,6 +100,11 @@ class StartupError(Exception):
     """The server cannot start; its text is one sentence telling the operator what to do."""
 
 
+def shutting_down() -> Unavailable:
+    """What is not done any more; whoever takes this one's place will do it."""
+    return Unavailable("shutting_down", "The server is restarting; try again.", retry_after=2)
+
+
 def chat_not_found() -> NotFound:
     """The one answer for a chat that is missing or not the caller's."""
     return NotFound("chat_not_found", "There is no such chat.")

@@ -20,7 +20,15 @@ from app.api.deps import ServicesDep
 from app.api.socket_door import PLACE
 from app.core import metrics
 from app.core.clock import timestamp
-from app.core.errors import BadInput, DialectError, Forbidden, TooManyRequests, Unauthenticated, Unavailable
+from app.core.errors import (
+    BadInput,
+    DialectError,
+    Forbidden,
+    TooManyRequests,
+    Unauthenticated,
+    Unavailable,
+    shutting_down,
+)
 from app.db.events import (
     COMMANDS,
     AckEvent,
@@ -88,7 +96,7 @@ async def socket(
         _check_origin(websocket, services)
         caller = await _authenticate(websocket, services, token, ticket)
         if services.connections.draining:
-            raise Unavailable("shutting_down", "The server is restarting; try again.", retry_after=2)
+            raise shutting_down()
     except DialectError as error:
         metrics.socket_refusals.labels(error.code).inc()
         # Before the handshake is accepted, a refusal is an ordinary HTTP answer.

@@ -26,7 +26,7 @@ from functools import partial
 from app.core import metrics
 from app.core.clock import Clock
 from app.core.config import Settings
-from app.core.errors import DialectError, Unavailable
+from app.core.errors import DialectError, Unavailable, shutting_down
 from app.core.ids import IdAllocator
 from app.core.tasks import supervise
 from app.db.database import MYSQL_LOG_CONNECTIONS, Database
@@ -129,7 +129,7 @@ class Writer:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self.drained(), STOP_SECONDS)
         for pending in self._all():
-            pending.settle(_shutting_down())
+            pending.settle(shutting_down())
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -153,7 +153,7 @@ class Writer:
         Raises Unavailable (`overloaded`) when too many wait, or when the server is stopping.
         """
         if self._stopping:
-            raise _shutting_down()
+            raise shutting_down()
         if len(self._queue) >= self._settings.writer_queue_max:
             raise Unavailable("overloaded", "Too much is waiting to be written; try again.", retry_after=2)
         deadline = self._clock.monotonic() + self._settings.write_timeout_seconds
@@ -338,7 +338,3 @@ class Writer:
         return deferred + await self._commit(
             lane, [pending for pending in rest if pending.change.chat_id not in locked]
         )
-
-
-def _shutting_down() -> Unavailable:
-    return Unavailable("shutting_down", "The server is restarting; try again.", retry_after=2)
