@@ -33,7 +33,6 @@ from bench.tables import aligned, yes
 
 RESULTS = Path(__file__).resolve().parent / "results"
 TASK_SECONDS = 600
-RATED: tuple[ServerName, ServerName] = ("naive", "dialect")
 
 What = Literal["pairs", "group", "open"]
 
@@ -66,6 +65,26 @@ class Plan:
     warmup: float
     pairs: int
     short: bool = False
+    workers: Sequence[int] = (1,)
+    """How many workers of dialect: one, two (on MySQL), or both in turns."""
+
+    def ours(self, database: DatabaseName) -> list[ServerName]:
+        """The servers that are ours."""
+        names: list[ServerName] = []
+        if 1 in self.workers or database == "sqlite":
+            names.append("dialect")
+        if 2 in self.workers and database == "mysql":
+            names.append("workers")
+        return names
+
+    def rated(self, database: DatabaseName) -> list[ServerName]:
+        """Those, and the reference."""
+        return ["naive", *self.ours(database)]
+
+    @property
+    def variants(self) -> list[tuple[DatabaseName, ServerName]]:
+        """The databases with our servers on them."""
+        return [(database, name) for database in self.databases for name in self.ours(database)]
 
     @property
     def groups(self) -> list[int]:
@@ -133,7 +152,8 @@ class Bench:
         self.transfers: dict[str, files.Transfers] = {}
         self._database_pid: int | None = None
         self._step = 0
-        self._steps = len(plan.databases) * plan.repeat * (len(plan.scenarios) * len(RATED) + 1)
+        rated = sum(len(plan.rated(database)) for database in plan.databases)
+        self._steps = plan.repeat * (len(plan.scenarios) * rated + len(plan.databases))
 
     @property
     def server_core(self) -> int | None:
@@ -160,10 +180,11 @@ class Bench:
                     held = DatabaseCore.hold(self.mysql, self.other_core)
                     self.notes.append(held.note)
                 self._database_pid = held.pid
-                for name in ("echo", *RATED):
+                rated = self.plan.rated(database)
+                for name in ("echo", *rated):
                     say(f"{database}: starting {name}")
                     running[name] = servers.start(name, database, self.folder, self.server_core, self.mysql)
-                for name in RATED:
+                for name in rated:
                     self._setup(running[name], database)
                 for _ in range(self.plan.repeat):
                     self._round(running, database)
@@ -184,13 +205,13 @@ class Bench:
                 f"Its log ends with:\n{server.last_words()}"
             )
 
-    def _round(self, running: dict[ServerName, Server], database: str) -> None:
+    def _round(self, running: dict[ServerName, Server], database: DatabaseName) -> None:
         echo = running["echo"]
         result = self.generate(echo, self.task(echo, "echo", database))
         self.echo.append(result)
         self._progress(f"echo: {result.rate:,.0f}/s", result, echo, f"echo beside {database}")
         for scenario in self.plan.scenarios:
-            for name in RATED:
+            for name in self.plan.rated(database):
                 server = running[name]
                 task = self.task(server, scenario.what, database)
                 task.members, task.rate = scenario.members, scenario.per_second
@@ -211,7 +232,7 @@ class Bench:
 
     def task(self, server: Server, what: Literal["setup", "echo"] | What, database: str) -> Task:
         """What the generator is to do, apart from numbers of people."""
-        dialect = server.name == "dialect"
+        dialect = server.name in servers.OURS
         return Task(
             what=what,
             port=server.port,
@@ -263,9 +284,9 @@ class Bench:
         for scenario in self.plan.scenarios:
             for database in self.plan.databases:
                 naive = self.measured[scenario.id, database, "naive"]
-                ours = self.measured[scenario.id, database, "dialect"]
-                rows.append(self._row(scenario, database, naive, ours))
-                below += [_latency_line(scenario, cell) for cell in (naive, ours)]
+                ours = [self.measured[scenario.id, database, name] for name in self.plan.ours(database)]
+                rows += [self._row(scenario, naive, cell) for cell in ours]
+                below += [_latency_line(scenario, cell) for cell in (naive, *ours)]
         lines = aligned(rows, range(2, 5))
         floor = statistics.median(result.rate for result in self.echo)
         lines.append(f"\nfloor: a bare uvicorn WebSocket echo does {floor:,.0f} round trips/s on the same core")
@@ -274,8 +295,8 @@ class Bench:
         lines += self._footnotes()
         return "\n".join(lines)
 
-    def _row(self, scenario: Scenario, database: str, naive: Measured, ours: Measured) -> tuple[str, ...]:
-        head = (f"{scenario.id.upper()} {scenario.title}", database)
+    def _row(self, scenario: Scenario, naive: Measured, ours: Measured) -> tuple[str, ...]:
+        head = (f"{scenario.id.upper()} {scenario.title}", where(ours.database, ours.server))
         if scenario.what == "open":
             mine, theirs = ours.latency("p99"), naive.latency("p99")
             figures, ratio = (f"{theirs:,.1f} ms", f"{mine:,.1f} ms"), theirs / mine if mine else 0.0
@@ -305,6 +326,8 @@ class Bench:
             "the ledger against the server's history (order and holes only for dialect: the reference promises none)",
             *self.notes,
         ]
+        if 2 in plan.workers and "mysql" in plan.databases:
+            lines.append("two workers over Redis run on any core, beside generator, database and Redis")
         if plan.short:
             lines.append("a short run: it shows that everything works, its figures prove nothing")
         return lines
@@ -324,6 +347,11 @@ class Bench:
             "notes": self.notes,
             "problems": self.problems,
         }
+
+
+def where(database: str, server: str) -> str:
+    """A database, and whether two workers are on it."""
+    return f"{database}, 2 workers" if server == "workers" else database
 
 
 def _latency_line(scenario: Scenario, cell: Measured) -> str:
@@ -357,11 +385,9 @@ def run_idle(bench: Bench, connections: int, seconds: float) -> str:
     rows = [("scenario", "database", "connections", "KB each", "drops", "connected in", "bar", "met?")]
     accounts = min(IDLE_ACCOUNTS, connections)
     per_user = max(10, -(-connections // accounts))
-    for database in bench.plan.databases:
-        say(f"{database}: starting dialect for {connections:,} idle connections")
-        server = servers.start(
-            "dialect", database, bench.folder, bench.server_core, bench.mysql, sockets_per_user=per_user
-        )
+    for database, name in bench.plan.variants:
+        say(f"{where(database, name)}: starting dialect for {connections:,} idle connections")
+        server = servers.start(name, database, bench.folder, bench.server_core, bench.mysql, sockets_per_user=per_user)
         try:
             task = bench.task(server, "setup", database)
             task.people, task.pairs, task.groups = accounts, 0, []
@@ -371,15 +397,15 @@ def run_idle(bench: Bench, connections: int, seconds: float) -> str:
             task.what, task.connections, task.seconds = "idle", connections, seconds
             say(f"{database}: connecting, then {seconds:g} s of silence")
             result = bench.generate(server, task)
-            bench.measured["p5", database, "dialect"] = Measured("p5", database, "dialect", [result])
-            bench.problems += [f"p5 on {database}: {problem}" for problem in result.problems]
+            bench.measured["p5", database, name] = Measured("p5", database, name, [result])
+            bench.problems += [f"p5 on {where(database, name)}: {problem}" for problem in result.problems]
         finally:
             server.stop()
         met = result.drops == 0 and result.connected == connections and result.kib_each <= IDLE_LIMIT_KIB
         rows.append(
             (
                 f"P5 idle {seconds:g} s",
-                database,
+                where(database, name),
                 f"{result.connected:,} of {connections:,}",
                 f"{result.kib_each:.1f}",
                 str(result.drops),
@@ -391,7 +417,7 @@ def run_idle(bench: Bench, connections: int, seconds: float) -> str:
     lines = aligned(rows, range(2, 5))
     lines.append(
         f"\nBearer door, {accounts:,} accounts, {per_user} sockets each at most, sources 127.0.0.2 to 127.0.0.21; "
-        "KB each: growth of the server's RSS\n" + f"machine: {machine.describe()}"
+        "KB each: growth of the server's RSS, of two workers together\n" + f"machine: {machine.describe()}"
     )
     return "\n".join(lines)
 
@@ -526,23 +552,23 @@ def run_beside(bench: Bench, scenario: BesideScenario) -> str:
     costs = {
         name.upper(): str(Settings.model_fields[name].default) for name in ("argon2_memory_kib", "argon2_time_cost")
     }
-    for database in plan.databases:
+    for database, name in plan.variants:
         held = DatabaseCore()
-        beside = Beside(bench.folder / f"{scenario.id}-{database}", bench.other_core)
+        beside = Beside(bench.folder / f"{scenario.id}-{database}-{name}", bench.other_core)
         server: Server | None = None
         try:
             if database == "mysql" and bench.mysql is not None:
                 held = DatabaseCore.hold(bench.mysql, bench.other_core)
             settings = {**beside.environment, **(costs if scenario.what == "logins" else {})}
-            say(f"{database}: starting dialect for {scenario.id}")
-            server = servers.start("dialect", database, bench.folder, bench.server_core, bench.mysql, settings=settings)
+            say(f"{where(database, name)}: starting dialect for {scenario.id}")
+            server = servers.start(name, database, bench.folder, bench.server_core, bench.mysql, settings=settings)
             task = bench.task(server, "setup", database)
             task.people = 2 * plan.pairs
             made = bench.generate(server, task)
             if made.problems:
                 raise Failed(f"dialect could not be set up: {made.problems[0]}\n{server.last_words()}")
             task.what, task.rate, task.database_pid = "open", rate, held.pid
-            alone, together = (Measured(scenario.id, database, name) for name in ("alone", "beside"))
+            alone, together = (Measured(scenario.id, where(database, name), how) for how in ("alone", "beside"))
             done: Counter[str] = Counter()
             took = 0.0
             for _ in range(plan.repeat):
@@ -552,16 +578,16 @@ def run_beside(bench: Bench, scenario: BesideScenario) -> str:
                 together.results.append(bench.generate(server, task))
                 took += time.monotonic() - begun
                 done.update(beside.end())
-                say(f"{scenario.id} on {database}: {together.results[-1].latency_ms}")
+                say(f"{scenario.id} on {alone.database}: {together.results[-1].latency_ms}")
         finally:
             if server is not None:
                 server.stop()
             beside.close()
             held.release()
         for cell in (alone, together):
-            bench.measured[scenario.id, database, cell.server] = cell
+            bench.measured[scenario.id, cell.database, cell.server] = cell
             bench.problems += [
-                f"{scenario.id} on {database}, {cell.server}: {problem}"
+                f"{scenario.id} on {cell.database}, {cell.server}: {problem}"
                 for result in cell.results
                 for problem in result.problems
             ]
@@ -569,8 +595,8 @@ def run_beside(bench: Bench, scenario: BesideScenario) -> str:
         rows.append(
             (
                 scenario.title,
-                database,
-                *(f"{cell.latency(name):.1f} ms" for cell in (alone, together) for name in ("p50", "p99")),
+                alone.database,
+                *(f"{cell.latency(part):.1f} ms" for cell in (alone, together) for part in ("p50", "p99")),
                 f"{after / before:.2f}x" if before else "-",
                 scenario.bar,
                 "FAILED" if alone.failed or together.failed else yes(scenario.met(before, after)),
@@ -602,6 +628,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--only", default="", help="for example p1,p2; p5 (idle connections) and p6 (scale) run only when named"
     )
     parser.add_argument("--db", default="sqlite,mysql", help="sqlite, mysql or both (default)")
+    parser.add_argument(
+        "--workers", default="1,2", help="on MySQL: 1 worker, 2 over Redis, or both (default 1,2); on SQLite always 1"
+    )
     parser.add_argument("--repeat", type=int, help="repeats of each measurement; the median counts (default 3)")
     parser.add_argument("--seconds", type=float, help="seconds per measurement (default 8)")
     parser.add_argument("--connections", type=int, default=10_000, help="idle connections of p5 (default 10,000)")
@@ -617,6 +646,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     options.db = [part.strip().lower() for part in options.db.split(",") if part.strip()]
     if not options.db or set(options.db) - set(get_args(DatabaseName)):
         parser.error("--db takes sqlite, mysql or sqlite,mysql")
+    if options.workers not in ("1", "2", "1,2"):
+        parser.error("--workers takes 1, 2 or 1,2")
+    options.workers = [int(part) for part in options.workers.split(",")]
     options.scale = [part.strip().lower() for part in options.scale.split(",") if part.strip()]
     if not options.scale or set(options.scale) - SIZES.keys():
         parser.error("--scale takes some of 10k, 1M and 10M")
@@ -664,6 +696,7 @@ def main() -> int:
             0.3 if options.short else 2.0,
             50 if options.short else 100,
             short=options.short,
+            workers=options.workers,
         )
         bench = Bench(plan, folder, mysql)
         if chosen:

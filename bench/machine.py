@@ -31,20 +31,32 @@ def pin(pid: int, wanted: set[int]) -> bool:
 
 
 def cpu_seconds(pid: int | None) -> float:
-    """CPU time used by a process so far; 0 when it cannot be read."""
+    """CPU time used by a process and its children so far; 0 when it cannot be read."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return 0.0
-    return (int(fields[11]) + int(fields[12])) / TICKS
+    return (int(fields[11]) + int(fields[12])) / TICKS + sum(map(cpu_seconds, _children(pid)))
 
 
 def rss_kib(pid: int) -> int:
-    """Resident memory of a process.
+    """Resident memory of a process and its children: pages that they share count for each.
 
     Raises OSError when it is gone.
     """
-    return _status_kib(pid, "VmRSS")
+    total = _status_kib(pid, "VmRSS")
+    for child in _children(pid):
+        with contextlib.suppress(OSError):  # one that has just ended
+            total += rss_kib(child)
+    return total
+
+
+def _children(pid: int | None) -> list[int]:
+    children: list[int] = []
+    with contextlib.suppress(OSError):
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            children += map(int, (task / "children").read_text().split())
+    return children
 
 
 def peak_rss_kib(pid: int) -> int:

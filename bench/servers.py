@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import shutil
@@ -13,7 +14,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -27,8 +28,11 @@ from bench import machine
 ROOT = Path(__file__).resolve().parents[1]
 START_SECONDS = 60
 MYSQL_URL_NAME = "DIALECT_TEST_MYSQL_URL"
+REDIS = "redis-server"
 
-ServerName = Literal["echo", "naive", "dialect", "plain", "nginx"]
+ServerName = Literal["echo", "naive", "dialect", "workers", "plain", "nginx"]
+"""`workers`: two of dialect's, over Redis."""
+OURS: tuple[ServerName, ...] = ("dialect", "workers")
 DatabaseName = Literal["sqlite", "mysql"]
 
 
@@ -164,15 +168,12 @@ def start(
     log = folder / "server.log"
     environment = child_environment(folder)
     schema = f"bench_{name}_{os.getpid()}_{secrets.token_hex(3)}"
-    clean_up: Callable[[], None] = lambda: shutil.rmtree(folder, ignore_errors=True)  # noqa: E731
+    after = contextlib.ExitStack()
+    after.callback(shutil.rmtree, folder, ignore_errors=True)
     if database == "mysql" and name not in ("echo", "plain"):
         assert mysql is not None
-        server = mysql
-        server.run(f"CREATE DATABASE {schema} CHARACTER SET utf8mb4")
-
-        def clean_up() -> None:
-            server.run(f"DROP DATABASE IF EXISTS {schema}")
-            shutil.rmtree(folder, ignore_errors=True)
+        mysql.run(f"CREATE DATABASE {schema} CHARACTER SET utf8mb4")
+        after.callback(mysql.run, f"DROP DATABASE IF EXISTS {schema}")
 
     uvicorn = [sys.executable, "-m", "uvicorn", "--host", "127.0.0.1", "--port", str(port), "--loop", "uvloop"]
     uvicorn += ["--no-access-log", "--log-level", "warning"]
@@ -199,6 +200,9 @@ def start(
             names = {"DB_HOST": mysql.host, "DB_PORT": str(mysql.port), "DB_USER": mysql.user}
             names |= {"DB_PASSWORD": mysql.password, "DB_NAME": schema}
         environment |= dialect_settings(folder, port, names, sockets_per_user) | dict(settings or {})
+        if name == "workers":
+            environment |= {"WORKERS": "2", "REDIS_URL": after.enter_context(redis_server(folder))}
+            core = None  # they share the cores with all the rest
         prepare = [sys.executable, "-m", "app", "migrate"]
         command = [sys.executable, "-m", "app"]
 
@@ -207,9 +211,27 @@ def start(
             done = subprocess.run(prepare, cwd=folder, env=environment, stdout=output, stderr=output, check=False)
         if done.returncode:
             words = log.read_text(errors="replace")[-2000:]
-            clean_up()
+            after.close()
             raise Failed(f"`python -m app migrate` failed on {database}:\n{words}")
-    return _launch(Launch(name, command, folder, environment, port, core, clean_up))
+    return _launch(Launch(name, command, folder, environment, port, core, after.close))
+
+
+@contextlib.contextmanager
+def redis_server(folder: Path) -> Iterator[str]:
+    """A Redis that keeps nothing; its address.
+
+    Raises Failed where none is installed.
+    """
+    if shutil.which(REDIS) is None:
+        raise Failed(f"{REDIS} was not found; on Debian: apt-get install {REDIS}. Or measure with --workers 1.")
+    port = free_port()
+    command = [REDIS, "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
+    process = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        yield f"redis://127.0.0.1:{port}/0"
+    finally:
+        process.terminate()
+        process.wait()
 
 
 @dataclass(slots=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bench.__main__ import choose_databases, parse
+from bench.__main__ import Plan, choose_databases, parse
 from bench.servers import MYSQL_URL_NAME, Failed, MySQL, raised_limits
 
 
@@ -38,11 +38,28 @@ def test_a_url_that_is_no_mysql_is_refused(url: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--only", "p9"], ["--db", "oracle"], ["--db", ""], ["--repeat", "0"], ["--scale", "5k"]]
+    "arguments",
+    [
+        *(["--only", "p9"], ["--db", "oracle"], ["--db", ""], ["--repeat", "0"], ["--scale", "5k"]),
+        *(["--workers", "3"], ["--workers", ""]),
+    ],
 )
 def test_bad_arguments_are_refused(arguments: list[str]) -> None:
     with pytest.raises(SystemExit):
         parse(arguments)
+
+
+@pytest.mark.parametrize(
+    ("workers", "expected"),
+    [
+        ([1], [("sqlite", "dialect"), ("mysql", "dialect")]),
+        ([2], [("sqlite", "dialect"), ("mysql", "workers")]),
+        ([1, 2], [("sqlite", "dialect"), ("mysql", "dialect"), ("mysql", "workers")]),
+    ],
+)
+def test_two_workers_are_measured_on_mysql_alone(workers: list[int], expected: list[tuple[str, str]]) -> None:
+    plan = Plan([], ["sqlite", "mysql"], 1, 1.0, 0.0, 1, workers=workers)
+    assert plan.variants == expected
 
 
 def test_every_rate_limit_is_switched_off() -> None:
