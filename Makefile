@@ -32,7 +32,7 @@ $(DEV): requirements-dev.txt requirements.txt $(CREATED)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@ $(RUNTIME)
 
-.PHONY: help run test check lint format docs venv mysql mysql-stop chaos soak schemathesis fuzz browser deployment bench clean
+.PHONY: help run test check lint format docs venv mysql mysql-stop chaos soak schemathesis fuzz browser deployment bench bench-peers clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -93,6 +93,9 @@ deployment: $(DEV) ## build and run the image and a real nginx; on Debian as roo
 
 bench: $(DEV) ## measure throughput and latency
 	$(BIN)/python -m bench $(ARGS)
+
+bench-peers: $(DEV) ## pairs and groups beside Debian's ejabberd with its archive in the same MySQL
+	$(BIN)/python -m bench --peers $(ARGS)
 
 clean: ## remove .venv and the tools' caches (no data)
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -25,10 +25,11 @@ from typing import Any, Literal, get_args
 import orjson
 
 from app.core.config import Settings
-from bench import files, machine, scale, servers
+from bench import ejabberd, files, machine, scale, servers
 from bench.client import Result, Task
+from bench.failure import Failed
 from bench.seed import SIZES, say
-from bench.servers import MYSQL_URL_NAME, DatabaseCore, DatabaseName, Failed, MySQL, Server, ServerName
+from bench.servers import MYSQL_URL_NAME, DatabaseCore, DatabaseName, MySQL, Server, ServerName
 from bench.tables import aligned, yes
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -65,6 +66,8 @@ class Plan:
     warmup: float
     pairs: int
     short: bool = False
+    peers: bool = False
+    """Whether ejabberd is measured, too, on MySQL."""
     workers: Sequence[int] = (1,)
     """How many workers of dialect: one, two (on MySQL), or both in turns."""
 
@@ -78,8 +81,9 @@ class Plan:
         return names
 
     def rated(self, database: DatabaseName) -> list[ServerName]:
-        """Those, and the reference."""
-        return ["naive", *self.ours(database)]
+        """Those, the reference, and the peer."""
+        peers: list[ServerName] = ["ejabberd"] if self.peers and database == "mysql" else []
+        return ["naive", *self.ours(database), *peers]
 
     @property
     def variants(self) -> list[tuple[DatabaseName, ServerName]]:
@@ -246,6 +250,7 @@ class Bench:
             seconds=self.plan.seconds,
             drain=30.0 if self.plan.short else 60.0,
             pairs=self.plan.pairs,
+            archive=server.archive,
         )
 
     def generate(self, server: Server, task: Task) -> Result:
@@ -256,7 +261,7 @@ class Bench:
         path = self.folder / "task.json"
         path.write_bytes(orjson.dumps(task))
         generator = subprocess.run(
-            [sys.executable, "-m", "bench.client", str(path)],
+            [sys.executable, "-m", "bench.xmpp" if server.name == "ejabberd" else "bench.client", str(path)],
             cwd=servers.ROOT,
             env=servers.child_environment(self.folder),
             stdout=subprocess.PIPE,
@@ -289,6 +294,8 @@ class Bench:
                 below += [_latency_line(scenario, cell) for cell in (naive, *ours)]
         lines = aligned(rows, range(2, 5))
         floor = statistics.median(result.rate for result in self.echo)
+        if self.plan.peers:
+            lines += ["", *self._peers()]
         lines.append(f"\nfloor: a bare uvicorn WebSocket echo does {floor:,.0f} round trips/s on the same core")
         lines += ["", "latency and shares of a core (medians):", *below]
         lines.append("")
@@ -311,6 +318,24 @@ class Bench:
             shown = ("FAILED" if cell.failed else figure for cell, figure in zip((naive, ours), figures, strict=True))
             return (*head, *shown, "-", scenario.bar, "FAILED")
         return (*head, *figures, f"{ratio:,.1f}x", scenario.bar, yes(met))
+
+    def _peers(self) -> list[str]:
+        rows: list[tuple[str, ...]] = [("scenario", "ejabberd", "dialect", "ratio", "p50", "p99")]
+        for scenario in self.plan.scenarios:
+            theirs = self.measured[scenario.id, "mysql", "ejabberd"]
+            for name in self.plan.ours("mysql"):
+                ours = self.measured[scenario.id, "mysql", name]
+                failed = theirs.failed or ours.failed
+                rows.append(
+                    (
+                        f"{scenario.id.upper()} {scenario.title}" + (", 2 workers" if name == "workers" else ""),
+                        f"{theirs.rate:,.0f}/s",
+                        f"{ours.rate:,.0f}/s",
+                        "FAILED" if failed else f"{ours.rate / theirs.rate:,.1f}x",
+                        *(f"{theirs.latency(part):,.1f} / {ours.latency(part):,.1f} ms" for part in ("p50", "p99")),
+                    )
+                )
+        return [*aligned(rows, range(1, 6)), *ejabberd.NOT_COMPARABLE]
 
     def _footnotes(self) -> list[str]:
         plan = self.plan
@@ -636,6 +661,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--connections", type=int, default=10_000, help="idle connections of p5 (default 10,000)")
     parser.add_argument("--hold", type=float, default=60, help="seconds that p5 holds them (default 60)")
     parser.add_argument("--scale", default="10k,1m,10m", help="messages of p6's databases (default 10k,1M,10M)")
+    parser.add_argument("--peers", action="store_true", help="P1 and P2 of ejabberd, too (Debian's), on the same MySQL")
     options = parser.parse_args(arguments)
     if options.repeat is not None and options.repeat < 1:
         parser.error("--repeat must be at least 1")
@@ -643,6 +669,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     unknown = set(options.only) - KNOWN
     if unknown:
         parser.error(f"--only knows {', '.join(sorted(KNOWN))}, not {', '.join(sorted(unknown))}")
+    if options.peers:
+        options.only, options.db = ["p1", "p2"], "mysql"
     options.db = [part.strip().lower() for part in options.db.split(",") if part.strip()]
     if not options.db or set(options.db) - set(get_args(DatabaseName)):
         parser.error("--db takes sqlite, mysql or sqlite,mysql")
@@ -697,6 +725,7 @@ def main() -> int:
             50 if options.short else 100,
             short=options.short,
             workers=options.workers,
+            peers=options.peers,
         )
         bench = Bench(plan, folder, mysql)
         if chosen:

@@ -65,6 +65,8 @@ class Task:
     groups: list[int] = field(default_factory=list)
     connections: int = 0
     sources: int = 20
+    archive: dict[str, Any] = field(default_factory=dict)
+    """How to connect to the database of a peer that keeps its own."""
 
 
 @dataclass(slots=True)

@@ -18,7 +18,8 @@ from pathlib import Path
 import orjson
 
 from bench import machine, servers, world
-from bench.servers import DatabaseName, Failed, MySQL, Server, ServerName
+from bench.failure import Failed
+from bench.servers import DatabaseName, MySQL, Server, ServerName
 
 LIMIT_FACTOR = 2.0
 """A transfer may take so many times as long as through the bare uvicorn app."""

@@ -31,8 +31,9 @@ from pymysql.converters import escape_string
 from app.core.config import Settings
 from app.core.errors import StartupError
 from app.db.database import migrate
+from bench.failure import Failed
 from bench.population import COLUMNS, PASSWORD, Row, Size, Used, Value, phone_of, populate
-from bench.servers import MYSQL_URL_NAME, Failed, MySQL
+from bench.servers import MYSQL_URL_NAME, MySQL
 
 SIZES = {"10k": 10_000, "1m": 1_000_000, "10m": 10_000_000}
 PATIENCE_SECONDS = 60.0

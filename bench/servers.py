@@ -15,29 +15,26 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 from urllib.parse import quote, unquote, urlsplit
 
 import pymysql
 
 from app.core.config import Settings
-from bench import machine
+from bench import ejabberd, machine
+from bench.failure import Failed
 
 ROOT = Path(__file__).resolve().parents[1]
 START_SECONDS = 60
 MYSQL_URL_NAME = "DIALECT_TEST_MYSQL_URL"
 REDIS = "redis-server"
 
-ServerName = Literal["echo", "naive", "dialect", "workers", "plain", "nginx"]
+ServerName = Literal["echo", "naive", "dialect", "workers", "plain", "nginx", "ejabberd"]
 """`workers`: two of dialect's, over Redis."""
 OURS: tuple[ServerName, ...] = ("dialect", "workers")
 DatabaseName = Literal["sqlite", "mysql"]
-
-
-class Failed(Exception):
-    """The benchmark cannot go on; the text says why and what to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,15 +57,18 @@ class MySQL:
             raise Failed(f"{MYSQL_URL_NAME} must look like mysql://root:password@127.0.0.1:3306/")
         return cls(parts.hostname, parts.port or 3306, unquote(parts.username or "root"), unquote(parts.password or ""))
 
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """How pymysql connects to it."""
+        return {"host": self.host, "port": self.port, "user": self.user, "password": self.password}
+
     def run(self, statement: str) -> None:
         """Run one statement.
 
         Raises Failed when the server cannot be reached or refuses.
         """
         try:
-            connection = pymysql.connect(
-                host=self.host, port=self.port, user=self.user, password=self.password, connect_timeout=5
-            )
+            connection = pymysql.connect(**self.arguments, connect_timeout=5)
         except pymysql.MySQLError as error:
             raise Failed(
                 f"MySQL at {self.host}:{self.port} cannot be used ({error}). Start one with `make mysql` and put the "
@@ -87,6 +87,8 @@ class Server:
     process: subprocess.Popen[bytes]
     log: Path
     clean_up: Callable[[], None]
+    archive: dict[str, Any] = field(default_factory=dict)
+    """How to connect to its database, where that is not for us alone to know."""
 
     def stop(self) -> None:
         """Stop it and drop its database."""
@@ -177,12 +179,18 @@ def start(
 
     uvicorn = [sys.executable, "-m", "uvicorn", "--host", "127.0.0.1", "--port", str(port), "--loop", "uvloop"]
     uvicorn += ["--no-access-log", "--log-level", "warning"]
+    archive: dict[str, Any] = {}
     command: list[str]
     prepare: list[str] | None = None
     if name == "echo":
         command = [*uvicorn, "bench.echo:app"]
     elif name == "plain":
         command = [*uvicorn, "bench.plain:app"]
+    elif name == "ejabberd":
+        assert mysql is not None
+        archive = {**mysql.arguments, "database": schema}
+        command, more = ejabberd.command(folder, port, archive)
+        environment |= more
     elif name == "naive":
         command = [*uvicorn, "bench.naive:app"]
         environment |= {
@@ -213,7 +221,7 @@ def start(
             words = log.read_text(errors="replace")[-2000:]
             after.close()
             raise Failed(f"`python -m app migrate` failed on {database}:\n{words}")
-    return _launch(Launch(name, command, folder, environment, port, core, after.close))
+    return _launch(Launch(name, command, folder, environment, port, core, after.close, archive))
 
 
 @contextlib.contextmanager
@@ -245,6 +253,7 @@ class Launch:
     port: int
     core: int | None
     clean_up: Callable[[], None]
+    archive: dict[str, Any] = field(default_factory=dict)
 
 
 def start_on(database: dict[str, str], folder: Path, core: int | None) -> Server:
@@ -270,7 +279,7 @@ def _launch(launch: Launch) -> Server:
             stderr=output,
             preexec_fn=on_core(launch.core),
         )
-    server = Server(launch.name, launch.port, process, log, launch.clean_up)
+    server = Server(launch.name, launch.port, process, log, launch.clean_up, launch.archive)
     try:
         wait_until_ready(server, "/" if launch.name in ("echo", "plain") else "/health/ready")
     except BaseException:
@@ -289,6 +298,9 @@ def wait_until_ready(server: Server, path: str) -> None:
         if server.process.poll() is not None:
             raise Failed(f"{server.name} ended at once (status {server.process.returncode}):\n{server.last_words()}")
         try:
+            if server.name == "ejabberd":
+                socket.create_connection(("127.0.0.1", server.port), timeout=5).close()
+                return
             with urllib.request.urlopen(f"http://127.0.0.1:{server.port}{path}", timeout=5):
                 return
         except (urllib.error.URLError, OSError) as error:

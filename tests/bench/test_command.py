@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from bench.__main__ import Plan, choose_databases, parse
-from bench.servers import MYSQL_URL_NAME, Failed, MySQL, raised_limits
+from bench.failure import Failed
+from bench.servers import MYSQL_URL_NAME, MySQL, raised_limits
 
 
 @pytest.fixture(autouse=True)

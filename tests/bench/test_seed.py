@@ -18,6 +18,7 @@ import pymysql
 import pytest
 
 from bench import seed as seeding
+from bench.failure import Failed
 from bench.population import (
     COLUMNS,
     LAGGARD,
@@ -34,7 +35,7 @@ from bench.population import (
     username_of,
 )
 from bench.seed import MySQLTarget, SQLiteTarget, parse, seed
-from bench.servers import Failed, MySQL
+from bench.servers import MySQL
 from tests.conftest import StartServer
 from tests.support.databases import ENGINES, MYSQL_URL, make_settings
 
