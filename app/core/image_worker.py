@@ -90,15 +90,18 @@ def work(job: Job) -> Decoded:
                 raise RefusedImage("image_too_large", "The animation has too many pixels in all.")
             if job.square:
                 image.draft(None, (2 * max(job.edges), 2 * max(job.edges)))  # a JPEG need not be decoded whole
-            elif frames > 1:
-                _save_animation(image, kind, job.target)
-                image.seek(0)
             image.load()
-            first = _upright(image, ImageOps)
-        # One copy of the picture lives at a time from here on: 25 megapixels are 100 MB.
-        if not job.square and frames == 1:
-            ImageFile.MAXBLOCK = 2 * first.width * first.height  # else a JPEG of noise does not fit its buffer
-            _save(first, kind, job.target)
+            if frames > 1 and not job.square:
+                first = _save_animation(image, kind, job.target)
+            else:
+                looks = _Looks(image)
+                first = _plain(image, "RGBA" if image.has_transparency_data else "RGB")
+                # One copy of the picture lives at a time from here on: 25 megapixels are 100 MB.
+                image.close()
+                looks.apply(first)
+                if not job.square:
+                    ImageFile.MAXBLOCK = 2 * first.width * first.height  # else a JPEG of noise does not fit its buffer
+                    _save(first, kind, job.target)
         for edge in job.edges:
             if job.square:
                 copy = ImageOps.fit(first, (edge, edge), Image.Resampling.LANCZOS)
@@ -115,34 +118,63 @@ def work(job: Job) -> Decoded:
         raise RefusedImage("invalid_image", "This is not an image that can be read.") from error
 
 
-def _transparent(image: Any) -> bool:
-    return bool(image.has_transparency_data)
+def _plain(image: Any, mode: str) -> Any:
+    """A copy of a picture, of which nothing but its pixels is left."""
+    if image.mode.startswith("I"):
+        image = _in_eight_bits(image)
+    copy = image.convert(mode) if image.mode != mode else image.copy()
+    copy.info.clear()
+    return copy
 
 
-def _upright(image: Any, operations: Any) -> Any:
-    """The first picture, turned as its EXIF says, in sRGB, with no metadata."""
-    with contextlib.suppress(Exception):  # EXIF that cannot be read: what it says is lost, the picture is not
-        operations.exif_transpose(image, in_place=True)
-    mode = "RGBA" if _transparent(image) else "RGB"
-    turned = image.convert(mode) if image.mode != mode else image.copy()
-    image.close()
-    if profile := turned.info.get("icc_profile"):
-        turned = _to_srgb(turned, profile)
-    turned.info.clear()
-    return turned
+def _in_eight_bits(image: Any) -> Any:
+    """16 bits of grey in 8, where `convert` would make white of all but the darkest."""
+    wide = image.convert("I")
+    grey = wide.point([value >> 8 for value in range(65_536)], "L")
+    grey.info.clear()
+    if (clear := image.info.get("transparency")) is not None:
+        grey.putalpha(wide.point([0 if value == clear else 255 for value in range(65_536)], "L"))
+    return grey
 
 
-def _to_srgb(image: Any, profile: bytes) -> Any:
-    import io
+class _Looks:
+    """How a file wants its pictures to be shown: which way up, and in which colours."""
 
-    from PIL import ImageCms
+    def __init__(self, image: Any) -> None:
+        """`image`: its first picture, decoded."""
+        from PIL.ExifTags import Base
 
-    try:
-        return ImageCms.profileToProfile(
-            image, io.BytesIO(profile), ImageCms.createProfile("sRGB"), outputMode=image.mode
-        )
-    except (ImageCms.PyCMSError, OSError, ValueError):
-        return image  # a broken profile: colours as they are
+        self._orientation = 1
+        with contextlib.suppress(Exception):  # EXIF that cannot be read: what it says is lost, the picture is not
+            self._orientation = image.getexif().get(Base.Orientation, 1)
+        self._profile: bytes = image.info.get("icc_profile") or b""
+        self._to_srgb: Any = None
+
+    def apply(self, picture: Any) -> None:
+        """Turn a plain picture upright, and bring it to sRGB; plain it stays. All of one file have the same mode."""
+        from PIL import ImageOps
+        from PIL.ExifTags import Base
+
+        if self._orientation in range(2, 9):
+            picture.getexif()[Base.Orientation] = self._orientation
+            ImageOps.exif_transpose(picture, in_place=True)
+        if self._profile:
+            self._recolour(picture)
+        picture.info.clear()
+
+    def _recolour(self, picture: Any) -> None:
+        import io
+
+        from PIL import ImageCms
+
+        try:
+            if self._to_srgb is None:
+                self._to_srgb = ImageCms.buildTransform(
+                    io.BytesIO(self._profile), ImageCms.createProfile("sRGB"), picture.mode, picture.mode
+                )
+            ImageCms.applyTransform(picture, self._to_srgb, inPlace=True)
+        except (ImageCms.PyCMSError, OSError, ValueError):
+            self._profile = b""  # a broken profile: colours as they are
 
 
 def _save(image: Any, kind: str, target: str) -> None:
@@ -155,19 +187,23 @@ def _save(image: Any, kind: str, target: str) -> None:
             image.save(target, kind, optimize=kind == "PNG" and image.width * image.height < 4_000_000)
 
 
-def _save_animation(image: Any, kind: str, target: str) -> None:
+def _save_animation(image: Any, kind: str, target: str) -> Any:
+    """Encode all pictures of an animation afresh; the first of them."""
     from PIL import ImageSequence
 
+    looks = _Looks(image)
     durations: list[int] = []
     pictures = []
     for frame in ImageSequence.Iterator(image):
-        durations.append(int(frame.info.get("duration") or 100))
-        pictures.append(frame.convert("RGBA"))
+        picture = _plain(frame, "RGBA")
+        durations.append(int(frame.info.get("duration") or 100))  # not before: a WebP tells it once it is decoded
+        looks.apply(picture)
+        pictures.append(picture)
     options: dict[str, Any] = {"quality": 80} if kind == "WEBP" else {"disposal": 2} if kind == "GIF" else {}
-    pictures[0].save(
-        target, kind, save_all=True, append_images=pictures[1:], duration=durations,
-        loop=int(image.info.get("loop", 0)), **options,
-    )  # fmt: skip
+    if (loop := image.info.get("loop")) is not None:  # a GIF that does not say so plays once
+        options["loop"] = int(loop)
+    pictures[0].save(target, kind, save_all=True, append_images=pictures[1:], duration=durations, **options)
+    return pictures[0]
 
 
 def _blurhash(image: Any) -> str:
