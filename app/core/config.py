@@ -124,6 +124,18 @@ class Settings(BaseSettings):
     max_image_pixels: int = Field(25_000_000, ge=1_000_000, description="Pixels of an image.")
     max_image_frames: int = Field(100, ge=1, description="Pictures of an animation.")
     image_processes: int = Field(1, ge=1, le=32, description="Images decoded at the same time, each in its process.")
+    image_cpu_seconds: int = Field(
+        10, ge=1, description="Processor time to decode one image and encode it afresh; beyond: `invalid_image`."
+    )
+    image_memory_bytes: int = Field(
+        1024**3, ge=128 * 1024**2, description="Address space to do so; beyond: `invalid_image`."
+    )
+    image_seconds: float = Field(
+        20,
+        gt=0,
+        description="An image that a busy machine has not decoded by then is answered 503 `overloaded`; at least twice "
+        "IMAGE_CPU_SECONDS.",
+    )
     unattached_file_hours: float = Field(24, gt=0, description="A file that no message holds is deleted after this.")
     s3_bucket: str = Field("", description="Keeps files in this bucket of an S3-compatible store instead.")
     s3_endpoint_url: str = Field("", description="Of a store that is not Amazon's: http://… or https://…")

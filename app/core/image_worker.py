@@ -8,6 +8,8 @@ but pixels survives: no EXIF, no place, no script that a browser might find.
 from __future__ import annotations
 
 import contextlib
+import errno
+import io
 import json
 import os
 import sys
@@ -16,11 +18,13 @@ from typing import Any
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
 MEDIA_TYPES = {"JPEG": "image/jpeg", "PNG": "image/png", "WEBP": "image/webp", "GIF": "image/gif"}
-CPU_SECONDS = 10
-MEMORY_BYTES = 1024**3
-"""Of address space, most of it libraries: 25 megapixels with transparency are 100 MB, and a few copies live at once."""
 REFUSED = 3
 """Exit status: the image is to blame, and the text on standard output says why."""
+STORAGE_FAILED = 4
+"""Exit status: the files could not be read or written."""
+OF_THE_IMAGE = (None, errno.EINVAL, errno.ENOMEM)
+"""Numbers of OSErrors for which an image is to blame: Pillow's own have none, a broken file sends its reader to before
+the start, and a large one meets the bound on memory."""
 
 
 @dataclass(slots=True)
@@ -34,6 +38,9 @@ class Job:
     max_frames: int
     edges: list[int]
     """Longest edges of smaller copies, in WebP."""
+    cpu_seconds: int
+    memory_bytes: int
+    """Of address space."""
     square: bool = False
     """Cut the smaller copies to a square, and make no large one: an avatar."""
 
@@ -52,7 +59,7 @@ class RefusedImage(Exception):
     """The image cannot be taken: a code and a sentence."""
 
 
-def limit_process() -> None:
+def limit_process(job: Job) -> None:
     """Give this process little to do harm with. Elsewhere than on Linux only the server's own deadline bounds it."""
     if sys.platform == "win32":
         return
@@ -60,8 +67,8 @@ def limit_process() -> None:
 
     os.nice(10)  # people who chat come first
     for kind, soft, hard in (
-        (resource.RLIMIT_AS, MEMORY_BYTES, MEMORY_BYTES),
-        (resource.RLIMIT_CPU, CPU_SECONDS, CPU_SECONDS + 1),
+        (resource.RLIMIT_AS, job.memory_bytes, job.memory_bytes),
+        (resource.RLIMIT_CPU, job.cpu_seconds, job.cpu_seconds + 1),
         (resource.RLIMIT_CORE, 0, 0),
     ):
         # Some systems know the limit and do not let it be set.
@@ -70,7 +77,10 @@ def limit_process() -> None:
 
 
 def work(job: Job) -> Decoded:
-    """Decode, turn upright, encode afresh, make smaller copies. Raises RefusedImage."""
+    """Decode, turn upright, encode afresh, make smaller copies.
+
+    Raises RefusedImage, and OSError when the files cannot be read or written.
+    """
     from PIL import Image, ImageFile, ImageOps
 
     Image.MAX_IMAGE_PIXELS = None  # our own bound, below, is lower and looks before anything is decoded
@@ -109,11 +119,13 @@ def work(job: Job) -> Decoded:
                 scale = min(1.0, edge / max(first.size))
                 size = (max(1, round(first.width * scale)), max(1, round(first.height * scale)))
                 copy = first.resize(size, Image.Resampling.LANCZOS)
-            copy.save(f"{job.target}.{edge}", "WEBP", quality=80, method=4)
+            _write(copy, f"{job.target}.{edge}", "WEBP", quality=80, method=4)
         return Decoded(MEDIA_TYPES[kind], first.width, first.height, _blurhash(first))
     except RefusedImage:
         raise
     except Exception as error:
+        if isinstance(error, OSError) and error.errno not in OF_THE_IMAGE:
+            raise
         # Pillow's decoders raise whatever they stumble over: OSError, SyntaxError, struct.error, MemoryError, ...
         raise RefusedImage("invalid_image", "This is not an image that can be read.") from error
 
@@ -163,8 +175,6 @@ class _Looks:
         picture.info.clear()
 
     def _recolour(self, picture: Any) -> None:
-        import io
-
         from PIL import ImageCms
 
         try:
@@ -180,11 +190,24 @@ class _Looks:
 def _save(image: Any, kind: str, target: str) -> None:
     match kind:
         case "JPEG":
-            image.save(target, "JPEG", quality=88, optimize=True, progressive=True)
+            _write(image, target, "JPEG", quality=88, optimize=True, progressive=True)
         case "WEBP":
-            image.save(target, "WEBP", quality=88, method=4)
+            _write(image, target, "WEBP", quality=88, method=4)
         case _:
-            image.save(target, kind, optimize=kind == "PNG" and image.width * image.height < 4_000_000)
+            _write(image, target, kind, optimize=kind == "PNG" and image.width * image.height < 4_000_000)
+
+
+class _Output(io.BufferedWriter):
+    """A file that hides its number: to that, Pillow writes once without looking at how much was taken, and of a JPEG
+    for which the disk has no room half would pass for a whole one."""
+
+    def fileno(self) -> int:
+        raise io.UnsupportedOperation
+
+
+def _write(image: Any, path: str, kind: str, **options: Any) -> None:
+    with _Output(io.FileIO(path, "w")) as file:
+        image.save(file, kind, **options)
 
 
 def _save_animation(image: Any, kind: str, target: str) -> Any:
@@ -202,7 +225,9 @@ def _save_animation(image: Any, kind: str, target: str) -> Any:
     options: dict[str, Any] = {"quality": 80} if kind == "WEBP" else {"disposal": 2} if kind == "GIF" else {}
     if (loop := image.info.get("loop")) is not None:  # a GIF that does not say so plays once
         options["loop"] = int(loop)
-    pictures[0].save(target, kind, save_all=True, append_images=pictures[1:], duration=durations, **options)
+    _write(
+        pictures[0], target, kind, save_all=True, append_images=pictures[1:], duration=durations, **options
+    )  # fmt: skip
     return pictures[0]
 
 
@@ -217,14 +242,18 @@ def _blurhash(image: Any) -> str:
 
 
 def main() -> int:
-    """Do the one job. Exits 0, or `REFUSED`, or as the kernel sees fit."""
-    limit_process()
+    """Do the one job. Exits 0, `REFUSED` or `STORAGE_FAILED`, or as the kernel sees fit."""
+    job = Job(**json.load(sys.stdin))
+    limit_process(job)
     try:
-        sys.stdout.write(json.dumps(asdict(work(Job(**json.load(sys.stdin))))))
+        found = asdict(work(job))
     except RefusedImage as refused:
         code, detail = refused.args
         sys.stdout.write(json.dumps({"code": code, "detail": detail}))
         return REFUSED
+    except OSError:
+        return STORAGE_FAILED
+    sys.stdout.write(json.dumps(found))
     return 0
 
 

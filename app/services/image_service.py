@@ -5,19 +5,28 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import os
+import signal
 import sys
 from dataclasses import asdict
 from pathlib import Path
 
 from app.core.config import Settings
 from app.core.errors import BadInput, Unavailable
-from app.core.image_worker import REFUSED, Decoded, Job
+from app.core.image_worker import REFUSED, STORAGE_FAILED, Decoded, Job
 from app.db.repositories.files import THUMBNAIL_EDGE
+from app.services.storage import storage_full
+
+log = logging.getLogger(__name__)
 
 ROOT = Path(__file__).resolve().parents[2]
-DECODE_SECONDS = 20
 WAITING_MAX = 64
+NO_WORD_ON_THE_IMAGE = frozenset(
+    {1} | {-getattr(signal, name) for name in ("SIGHUP", "SIGINT", "SIGKILL", "SIGTERM") if hasattr(signal, name)}
+)
+"""How a worker ends without having judged: it could not start, or the system or its operator ended it (memory that is
+short on the whole machine: SIGKILL). Whatever else ends one, as a bound of its own does, is of the image's making."""
 SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a")
 
 
@@ -37,7 +46,7 @@ class ImageService:
     async def photo(self, source: Path, target: Path) -> Decoded:
         """Encode an image afresh into `target`, with a thumbnail in `target.320`.
 
-        Raises BadInput (`invalid_image`, `image_too_large`) and Unavailable (`overloaded`).
+        Raises BadInput (`invalid_image`, `image_too_large`) and Unavailable (`overloaded`, `storage_unavailable`).
         """
         return await self._decode(self._job(source, target, [THUMBNAIL_EDGE], square=False))
 
@@ -52,6 +61,8 @@ class ImageService:
             max_pixels=self._settings.max_image_pixels,
             max_frames=self._settings.max_image_frames,
             edges=edges,
+            cpu_seconds=self._settings.image_cpu_seconds,
+            memory_bytes=self._settings.image_memory_bytes,
             square=square,
         )
 
@@ -66,33 +77,47 @@ class ImageService:
             self._waiting -= 1
         if status == 0:
             return Decoded(**json.loads(output))
+        if status == STORAGE_FAILED:
+            raise storage_full()
+        if status in NO_WORD_ON_THE_IMAGE:
+            raise _failed(f"the worker ended with {status}")
         if status == REFUSED:
             refused = json.loads(output)
             if refused["code"] == "image_too_large":
                 raise BadInput("image_too_large", refused["detail"], field="file")
-        # Killed for its memory or its time, by the kernel or below.
         raise BadInput("invalid_image", "This is not an image that can be read.", field="file")
 
     async def _run(self, job: bytes) -> tuple[int, bytes]:
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "app.core.image_worker",
-            cwd=ROOT,
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.DEVNULL,
-            # No settings, no secrets; Windows starts nothing without its root.
-            env={name: os.environ[name] for name in ("SYSTEMROOT",) if name in os.environ},
-        )
         try:
-            async with asyncio.timeout(DECODE_SECONDS):
+            process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-m",
+                "app.core.image_worker",
+                cwd=ROOT,
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.DEVNULL,
+                # No settings, no secrets; Windows starts nothing without its root.
+                env={name: os.environ[name] for name in ("SYSTEMROOT",) if name in os.environ},
+            )
+        except OSError as error:  # no more processes, files or memory to be had
+            raise _failed(str(error)) from error
+        seconds = max(self._settings.image_seconds, 2 * self._settings.image_cpu_seconds)
+        try:
+            async with asyncio.timeout(seconds):
                 output, _ = await process.communicate(job)
-        except TimeoutError:
-            output = b""
+        except TimeoutError as error:
+            # Of the processor's time it had less than its bound, or that would have ended it.
+            raise _failed(f"the worker got too little done in {seconds:g} s") from error
         finally:
             if process.returncode is None:
                 with contextlib.suppress(ProcessLookupError):
                     process.kill()
                 await process.wait()
         return process.returncode or 0, output
+
+
+def _failed(problem: str) -> Unavailable:
+    """An image was not decoded, for no fault of its own."""
+    log.warning("image_not_decoded", extra={"error": problem})
+    return Unavailable("overloaded", "Images cannot be decoded now; try again.", retry_after=5)

@@ -1,7 +1,8 @@
 """Hostile files and requests against both doors for files: each gets its answer, costs little, and leaves nothing.
 
-The server is a real one with its default limits; only the patience for silent senders is shorter. Whatever comes in,
-its memory stays flat, nothing of what was refused is left on its disk, and those who chat meanwhile notice nothing.
+The server is a real one with its default limits; only the patience for silent senders and for images without end is
+shorter. Whatever comes in, its memory stays flat, nothing of what was refused is left on its disk, and those who chat
+meanwhile notice nothing.
 """
 
 from __future__ import annotations
@@ -74,7 +75,13 @@ def target(
     for name in ("home", "tmp"):
         (world / name).mkdir(parents=True)
     values = mysql.new() if mysql else sqlite_template.new(folder)
-    settings = make_settings(**values, upload_path=world / "home" / "uploads", upload_idle_seconds=IDLE_SECONDS)
+    settings = make_settings(
+        **values,
+        upload_path=world / "home" / "uploads",
+        upload_idle_seconds=IDLE_SECONDS,
+        image_cpu_seconds=3,
+        image_seconds=120.0,  # however busy this machine is
+    )
     env = environment(settings, TMPDIR=str(world / "tmp"))
     server = Server(COMMANDS["tuned"], cwd=world / "home", env=env, log_path=folder / "server.log")
     try:

@@ -1,17 +1,26 @@
-"""Images as the worker makes them: what is kept of a picture, and what is not."""
+"""Images as the worker makes them: what is kept of a picture, whose fault it is when there is none, who goes first."""
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import io
+import os
+import resource
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image, ImageCms, ImageSequence
 
+from app.core.errors import DialectError
 from app.core.image_worker import Decoded
 from app.services.image_service import ImageService
 from tests.support.databases import make_settings
+from tests.support.hostile import scans
+from tests.support.images import animation, image
 
 SECRET = b"SECRETMAKER"
 
@@ -119,3 +128,98 @@ async def test_an_animation_that_plays_once_does_not_play_for_ever(tmp_path: Pat
 
 def _loaded(picture: Image.Image) -> list[Image.Image]:
     return [frame.copy() for frame in ImageSequence.Iterator(picture)]
+
+
+# --- whose fault it is ------------------------------------------------------------------------------------------
+
+OVERLOADED, DISK_FULL, NO_IMAGE = (503, "overloaded"), (503, "storage_unavailable"), (422, "invalid_image")
+
+
+async def refusal(folder: Path, data: bytes, **settings: Any) -> tuple[int, str]:
+    """How an image is refused."""
+    with pytest.raises(DialectError) as refused:
+        await decode(folder, data, **settings)
+    if refused.value.status == 503:
+        assert refused.value.retry_after
+    return refused.value.status, refused.value.code
+
+
+@contextlib.contextmanager
+def limited(kind: int, most: int) -> Iterator[None]:
+    """This process, and those it starts, may have so much of something."""
+    before = resource.getrlimit(kind)
+    resource.setrlimit(kind, (most, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(kind, before)
+
+
+def children() -> set[int]:
+    """The processes that this one has started."""
+    tasks = Path("/proc/self/task").iterdir()
+    return {int(child) for task in tasks for child in (task / "children").read_text().split()}
+
+
+async def new_child(before: set[int]) -> int:
+    """Wait until there is one more."""
+    while not (found := await asyncio.to_thread(children) - before):
+        pass
+    return found.pop()
+
+
+@pytest.mark.parametrize(
+    "data", [image("JPEG"), image("PNG"), image("WEBP"), animation(3)], ids=["JPEG", "PNG", "WEBP", "an animation"]
+)
+@pytest.mark.parametrize("full", ["target", "target.320"])
+async def test_a_full_disk_is_no_fault_of_the_image(tmp_path: Path, data: bytes, full: str) -> None:
+    (tmp_path / full).symlink_to("/dev/full")
+    assert await refusal(tmp_path, data) == DISK_FULL
+
+
+async def test_half_a_picture_for_which_the_disk_had_room_passes_for_none(tmp_path: Path) -> None:
+    noise = Image.frombytes("RGB", (300, 300), os.urandom(300 * 300 * 3))
+    output = io.BytesIO()
+    noise.save(output, "JPEG")
+    source = output.getvalue()
+    (tmp_path / "source").write_bytes(source)
+    with limited(resource.RLIMIT_FSIZE, len(source) // 2), pytest.raises(DialectError) as refused:
+        await ImageService(make_settings()).photo(tmp_path / "source", tmp_path / "target")
+    assert refused.value.code == "storage_unavailable"
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("SIGKILL", OVERLOADED), ("SIGTERM", OVERLOADED), ("SIGXCPU", NO_IMAGE), ("SIGSEGV", NO_IMAGE)],
+)
+async def test_a_worker_that_somebody_ends_says_nothing_about_the_image(
+    tmp_path: Path, name: str, expected: tuple[int, str]
+) -> None:
+    before = children()
+    answer = asyncio.create_task(refusal(tmp_path, image("JPEG", (2000, 2000))))
+    os.kill(await new_child(before), signal.Signals[name])
+    assert await answer == expected
+
+
+async def test_an_image_that_a_busy_machine_does_not_get_to_may_be_sent_again(tmp_path: Path) -> None:
+    before = children()
+    answer = asyncio.create_task(refusal(tmp_path, image(), image_cpu_seconds=1, image_seconds=0.1))
+    os.kill(await new_child(before), signal.SIGSTOP)
+    assert await answer == OVERLOADED
+    assert children() == before
+
+
+async def test_no_file_to_be_had_for_a_worker_is_no_fault_of_the_image(tmp_path: Path) -> None:
+    (tmp_path / "source").write_bytes(image())
+    os.close(lowest := os.dup(0))
+    with limited(resource.RLIMIT_NOFILE, lowest), pytest.raises(DialectError) as refused:
+        await ImageService(make_settings()).photo(tmp_path / "source", tmp_path / "target")
+    assert (refused.value.status, refused.value.code) == OVERLOADED
+
+
+@pytest.mark.parametrize(
+    "bound", [{"image_cpu_seconds": 1}, {"image_memory_bytes": 128 * 1024**2}], ids=["its time", "its memory"]
+)
+async def test_an_image_that_takes_more_than_an_image_may_is_refused(tmp_path: Path, bound: dict[str, int]) -> None:
+    data = scans(900, (3000, 2000)) if "image_cpu_seconds" in bound else image(size=(4000, 4000))
+    assert await refusal(tmp_path, data, **bound) == NO_IMAGE

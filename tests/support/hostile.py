@@ -141,7 +141,7 @@ def _webp_claim(width: int, height: int) -> bytes:
     return b"RIFF" + struct.pack("<I", 4 + len(extended) + len(picture)) + b"WEBP" + extended + picture
 
 
-def _scans(count: int, size: tuple[int, int]) -> bytes:
+def scans(count: int, size: tuple[int, int]) -> bytes:
     """A progressive JPEG whose last scan comes again and again: each makes the decoder walk over all of it."""
     good = image("JPEG", size, progressive=True)
     at = good.rindex(b"\xff\xda")
@@ -441,7 +441,7 @@ def bombs() -> dict[str, HostileFile]:
             lambda: image("WEBP", exif=b"Exif\0\0" + bytes(5_000_000)), "a.webp", webp, good_webp, good_webp
         ),
         "JPEG: 3,000 scans of 24 megapixels": HostileFile(
-            lambda: _scans(3000, (6000, 4000)), "a.jpg", jpeg, NO_IMAGE
+            lambda: scans(3000, (6000, 4000)), "a.jpg", jpeg, NO_IMAGE
         ),
     }  # fmt: skip
 
