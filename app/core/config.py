@@ -124,6 +124,9 @@ class Settings(BaseSettings):
     max_image_pixels: int = Field(25_000_000, ge=1_000_000, description="Pixels of an image.")
     max_image_frames: int = Field(100, ge=1, description="Pictures of an animation.")
     image_processes: int = Field(1, ge=1, le=32, description="Images decoded at the same time, each in its process.")
+    image_queue: int = Field(
+        64, ge=1, description="Accounts that wait for an image, each for one at a time; beyond: 503 `overloaded`."
+    )
     image_cpu_seconds: int = Field(
         10, ge=1, description="Processor time to decode one image and encode it afresh; beyond: `invalid_image`."
     )

@@ -39,6 +39,7 @@ from sqlalchemy.util import await_only
 from app.core import metrics
 from app.core.config import Settings, get_settings
 from app.core.errors import StartupError, Unavailable
+from app.core.fair_line import FairLine
 from app.db.errors import (
     DATABASE_ERRORS,
     describe,
@@ -124,80 +125,24 @@ async def deadline(seconds: float) -> AsyncIterator[None]:
         yield
 
 
-class _Account:
-    """What one account has in the line of those who catch up."""
-
-    __slots__ = ("count", "turns")
-
-    def __init__(self, at_once: int) -> None:
-        self.turns = asyncio.Semaphore(at_once)
-        self.count = 0
-        """Those who wait and those whose turn it is."""
-
-
-class BulkReads:
+class BulkReads(FairLine):
     """The line of clients that catch up: however many they are, half of the readers stay with everybody else.
 
-    An account stands in it with so many of its clients at a time, whatever number of them it has: the others wait
-    apart, and hold nobody up.
-
     Who stood in line when the database fell silent is not kept for a silence of their own: each place that becomes
-    free would cost the next one a whole timeout, and the hundredth minutes.
+    free would cost the next one a whole timeout, and the hundredth minutes. Both ways in raise Unavailable.
     """
 
-    def __init__(self, places: int, *, of_account: int = 1) -> None:
-        """`of_account`: with how many clients an account stands in line."""
-        self._places = asyncio.Semaphore(max(1, places))
-        self._of_account = of_account
-        self._accounts: dict[int, _Account] = {}
-        self._silent_at = -math.inf
-        self.waiting = 0
-        """How many wait for their turn."""
+    _silent_at = -math.inf
 
     def fell_silent(self) -> None:
         """A reader has waited for the database in vain."""
         self._silent_at = time.monotonic()
 
-    @contextlib.asynccontextmanager
-    async def of(self, user_id: int) -> AsyncIterator[None]:
-        """The turn of one client of an account. Raises Unavailable."""
-        came_at = time.monotonic()
-        account = self._accounts.setdefault(user_id, _Account(self._of_account))
-        account.count += 1
-        try:
-            await self._wait(account.turns)
-            try:
-                await self._enter(came_at)
-                try:
-                    yield
-                finally:
-                    self._places.release()
-            finally:
-                account.turns.release()
-        finally:
-            account.count -= 1
-            if not account.count:
-                del self._accounts[user_id]
-
     async def _enter(self, came_at: float) -> None:
-        await self._wait(self._places)
+        await super()._enter(came_at)
         if self._silent_at > came_at:
             self._places.release()
             raise unavailable(TimeoutError())
-
-    async def _wait(self, turns: asyncio.Semaphore) -> None:
-        self.waiting += 1
-        try:
-            await turns.acquire()
-        finally:
-            self.waiting -= 1
-
-    async def __aenter__(self) -> None:
-        """The turn of one who reads for many accounts."""
-        await self._enter(time.monotonic())
-
-    async def __aexit__(self, *_: object) -> None:
-        self._places.release()
 
 
 class Database:

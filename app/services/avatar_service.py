@@ -36,7 +36,7 @@ class AvatarService:
     async def add(self, user_id: int, incoming: Incoming) -> str:
         """Keep a picture for a while; its name. Raises BadInput (`invalid_image`, `image_too_large`), Unavailable."""
         digest = await incoming.finish()
-        await self._images.avatar(incoming.path, incoming.target, list(repository.AVATAR_EDGES))
+        await self._images.avatar(user_id, incoming.path, incoming.target, list(repository.AVATAR_EDGES))
         secret = secrets.token_hex(16)
         key = repository.avatar_key(secret)
         file_id = await self._files.store(

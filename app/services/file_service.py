@@ -226,7 +226,7 @@ class FileService:
         media_type, kind = detect(incoming.head)
         width = height = blurhash = thumbnail_size = None
         if looks_like_image(incoming.head):
-            decoded = await self._images.photo(incoming.path, incoming.target)
+            decoded = await self._images.photo(user_id, incoming.path, incoming.target)
             path, kind, media_type = incoming.target, "image", decoded.media_type
             width, height, blurhash = decoded.width, decoded.height, decoded.blurhash
             size, digest, thumbnail_size = await asyncio.to_thread(

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from app.core.config import Settings
 from app.core.errors import BadInput, Unavailable
+from app.core.fair_line import FairLine
 from app.core.image_worker import REFUSED, STORAGE_FAILED, Decoded, Job
 from app.db.repositories.files import THUMBNAIL_EDGE
 from app.services.storage import storage_full
@@ -21,7 +22,6 @@ from app.services.storage import storage_full
 log = logging.getLogger(__name__)
 
 ROOT = Path(__file__).resolve().parents[2]
-WAITING_MAX = 64
 NO_WORD_ON_THE_IMAGE = frozenset(
     {1} | {-getattr(signal, name) for name in ("SIGHUP", "SIGINT", "SIGKILL", "SIGTERM") if hasattr(signal, name)}
 )
@@ -36,23 +36,22 @@ def looks_like_image(head: bytes) -> bool:
 
 
 class ImageService:
-    """Decodes a few images at a time."""
+    """Decodes a few images at a time, and one of each account."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._free = asyncio.Semaphore(settings.image_processes)
-        self._waiting = 0
+        self._line = FairLine(settings.image_processes)
 
-    async def photo(self, source: Path, target: Path) -> Decoded:
+    async def photo(self, user_id: int, source: Path, target: Path) -> Decoded:
         """Encode an image afresh into `target`, with a thumbnail in `target.320`.
 
         Raises BadInput (`invalid_image`, `image_too_large`) and Unavailable (`overloaded`, `storage_unavailable`).
         """
-        return await self._decode(self._job(source, target, [THUMBNAIL_EDGE], square=False))
+        return await self._decode(user_id, self._job(source, target, [THUMBNAIL_EDGE], square=False))
 
-    async def avatar(self, source: Path, target: Path, edges: list[int]) -> Decoded:
+    async def avatar(self, user_id: int, source: Path, target: Path, edges: list[int]) -> Decoded:
         """Make square copies of an image, `target.<edge>` each. Raises as `photo` does."""
-        return await self._decode(self._job(source, target, edges, square=True))
+        return await self._decode(user_id, self._job(source, target, edges, square=True))
 
     def _job(self, source: Path, target: Path, edges: list[int], *, square: bool) -> Job:
         return Job(
@@ -66,15 +65,12 @@ class ImageService:
             square=square,
         )
 
-    async def _decode(self, job: Job) -> Decoded:
-        if self._waiting >= WAITING_MAX:
+    async def _decode(self, user_id: int, job: Job) -> Decoded:
+        # Who stands in line already makes nobody wait longer by another image.
+        if self._line.accounts >= self._settings.image_queue and user_id not in self._line:
             raise Unavailable("overloaded", "Too many images are waiting; try again.", retry_after=5)
-        self._waiting += 1
-        try:
-            async with self._free:
-                status, output = await self._run(json.dumps(asdict(job)).encode())
-        finally:
-            self._waiting -= 1
+        async with self._line.of(user_id):
+            status, output = await self._run(json.dumps(asdict(job)).encode())
         if status == 0:
             return Decoded(**json.loads(output))
         if status == STORAGE_FAILED:

@@ -29,7 +29,7 @@ async def decode(folder: Path, data: bytes, **settings: Any) -> tuple[Decoded, b
     """What becomes of an image: what is said of it, and the new file."""
     source, target = folder / "source", folder / "target"
     source.write_bytes(data)
-    decoded = await ImageService(make_settings(**settings)).photo(source, target)
+    decoded = await ImageService(make_settings(**settings)).photo(1, source, target)
     return decoded, target.read_bytes()
 
 
@@ -184,7 +184,7 @@ async def test_half_a_picture_for_which_the_disk_had_room_passes_for_none(tmp_pa
     source = output.getvalue()
     (tmp_path / "source").write_bytes(source)
     with limited(resource.RLIMIT_FSIZE, len(source) // 2), pytest.raises(DialectError) as refused:
-        await ImageService(make_settings()).photo(tmp_path / "source", tmp_path / "target")
+        await ImageService(make_settings()).photo(1, tmp_path / "source", tmp_path / "target")
     assert refused.value.code == "storage_unavailable"
 
 
@@ -213,7 +213,7 @@ async def test_no_file_to_be_had_for_a_worker_is_no_fault_of_the_image(tmp_path:
     (tmp_path / "source").write_bytes(image())
     os.close(lowest := os.dup(0))
     with limited(resource.RLIMIT_NOFILE, lowest), pytest.raises(DialectError) as refused:
-        await ImageService(make_settings()).photo(tmp_path / "source", tmp_path / "target")
+        await ImageService(make_settings()).photo(1, tmp_path / "source", tmp_path / "target")
     assert (refused.value.status, refused.value.code) == OVERLOADED
 
 
@@ -223,3 +223,44 @@ async def test_no_file_to_be_had_for_a_worker_is_no_fault_of_the_image(tmp_path:
 async def test_an_image_that_takes_more_than_an_image_may_is_refused(tmp_path: Path, bound: dict[str, int]) -> None:
     data = scans(900, (3000, 2000)) if "image_cpu_seconds" in bound else image(size=(4000, 4000))
     assert await refusal(tmp_path, data, **bound) == NO_IMAGE
+
+
+# --- who goes first ---------------------------------------------------------------------------------------------
+
+ANN, BO, CY = 1, 2, 3
+
+
+class Album:
+    """Pictures of several people, under way to one server."""
+
+    def __init__(self, folder: Path, **settings: Any) -> None:
+        self._folder = folder
+        self._images = ImageService(make_settings(**settings))
+        (folder / "source").write_bytes(image())
+        self.done: list[int] = []
+        """Whose pictures were decoded, in order."""
+
+    async def send(self, user_id: int, number: int = 0) -> None:
+        """One picture of somebody's."""
+        await self._images.photo(user_id, self._folder / "source", self._folder / f"{user_id}-{number}")
+        self.done.append(user_id)
+
+
+async def test_whoever_sends_one_picture_waits_for_one_of_those_who_send_many(tmp_path: Path) -> None:
+    album = Album(tmp_path)
+    await asyncio.gather(*(album.send(user_id, number) for user_id in (ANN, BO) for number in range(3)), album.send(CY))
+    assert album.done[:3] == [ANN, BO, CY]
+    assert sorted(album.done) == [ANN] * 3 + [BO] * 3 + [CY]
+
+
+async def test_the_line_for_images_is_full_of_people_and_not_of_pictures(tmp_path: Path) -> None:
+    album = Album(tmp_path, image_queue=2)
+    answers = await asyncio.gather(
+        *(album.send(ANN, number) for number in range(4)), album.send(BO), album.send(CY), album.send(BO, 1),
+        return_exceptions=True,
+    )  # fmt: skip
+    [refused] = [answer for answer in answers if answer is not None]
+    assert isinstance(refused, DialectError)
+    assert ((refused.status, refused.code), refused.retry_after) == (OVERLOADED, 5)
+    assert sorted(album.done) == [ANN] * 4 + [BO] * 2
+    await album.send(CY)
