@@ -81,9 +81,13 @@ class Firebase:
         service._client.session.mount("https://", HTTPAdapter(pool_maxsize=64))
         service._client.session.mount("https://fcm.googleapis.com", HTTPAdapter(pool_maxsize=64))
         self._left_behind = 0
+        self._closed = False
 
     async def close(self) -> None:
-        """Forget the project. Threads that still hang end with the process."""
+        """Forget the project; does nothing the second time. Threads that still hang end with the process."""
+        if self._closed:
+            return
+        self._closed = True
         # In a thread, for it runs a loop of its own to close a client that we never used.
         await asyncio.to_thread(self._delete_app, self._app)
 

@@ -287,3 +287,8 @@ async def test_whoever_ends_to_push_counts_no_device_any_more(services: Services
     await service._stop_pushing()  # before the device's task takes its first step
     assert service.devices_waiting == 0
     await service.stop()
+
+
+async def test_a_stop_after_a_stop_does_nothing(services: Services) -> None:
+    await services.notifications.stop()
+    await services.notifications.stop()
