@@ -104,7 +104,10 @@ class Settings(BaseSettings):
     )
     push_timeout_seconds: float = Field(10.0, gt=0, description="Firebase that is silent for so long has failed.")
     push_give_up_seconds: float = Field(
-        300.0, gt=0, description="A push that Firebase has not taken by then is given up."
+        7200.0, gt=0, description="A push that has failed for so long since its first try is given up."
+    )
+    push_retry_after_max_seconds: float = Field(
+        3600.0, ge=0, description="Firebase's Retry-After is waited for, but no longer than this."
     )
     push_threads: int = Field(8, ge=1, le=64, description="Pushes under way to Firebase at once.")
 

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+QUOTA_SECONDS = 60.0
+"""Google's word for a 429 without a Retry-After: the quota of a minute is used up."""
 LEFT_BEHIND_MAX = 64
 """Threads that may hang at once beyond their deadlines; then nothing is sent until one comes back."""
 
@@ -154,7 +156,10 @@ class Firebase:
         except FirebaseError as error:
             status = getattr(error.http_response, "status_code", 0)
             kind: Literal["retry", "refused"] = "retry" if status in (0, 408, 429) or status >= 500 else "refused"
-            return Outcome(kind, f"{type(error).__name__} {status}", _retry_after(error.http_response))
+            retry_after = _retry_after(error.http_response)
+            if retry_after is None and status == 429:
+                retry_after = QUOTA_SECONDS
+            return Outcome(kind, f"{type(error).__name__} {status}", retry_after)
         except GoogleAuthError as error:
             # No token for ourselves: of the account's endpoint, not of this message.
             return Outcome("retry", type(error).__name__)

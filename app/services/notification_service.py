@@ -71,9 +71,9 @@ JOBS_MAX = 20_000
 """Devices being told; beyond, chats wait, and their cursors in the database remember them."""
 NEWEST_MAX = 200
 UNREAD_MAX = 999
-TRIES_MAX = 8
 BACKOFF_SECONDS = 1.0
 BACKOFF_MAX_SECONDS = 60.0
+"""So late at most is a push after Firebase has come back, Retry-After aside."""
 REGISTER_TRIES = 3
 
 
@@ -90,10 +90,13 @@ class _Job:
     due: float
     wanted: int
     """With an open socket it has until `due` to mark this one delivered by itself."""
-    begun: float
-    tries: int = 0
     trying: int = 0
     """The newest when the last try began."""
+    backoff: float = 0.0
+    """Of the last retry; 0 as long as no try has failed."""
+    failing_since: float = 0.0
+    failing_seq: int = 0
+    """The newest then: what came later joins the next try, and has time of its own."""
 
 
 @dataclass(slots=True, eq=False)
@@ -107,6 +110,7 @@ class _Chat:
     """Up to here every message has been looked at."""
     stored_at: float
     slots: asyncio.Semaphore
+    retry_slots: asyncio.Semaphore
     told: bool = False
     """Whether a device was to hear of something that the cursor in the database is not past."""
     jobs: dict[int, _Job] = field(default_factory=dict)
@@ -137,6 +141,8 @@ class NotificationService:
         self._online = online
         self._firebase = open_firebase(settings)
         self._slots = asyncio.Semaphore(settings.push_threads)
+        self._retry_slots = asyncio.Semaphore(max(1, settings.push_threads // 2))
+        """What fails again and again, or hangs, may do so for hours: the rest is for what was not tried yet."""
         self._hints: dict[int, None] = {}
         self._chats: dict[int, _Chat] = {}
         self._marks: dict[tuple[int, int], PushRow] = {}
@@ -381,8 +387,10 @@ class NotificationService:
         for row in rows:
             chat = self._chats.get(row.id)
             if chat is None:
-                slots = asyncio.Semaphore(max(1, self._settings.push_threads // 2))  # the rest is for other chats
-                chat = _Chat(row.id, row.pushed_seq, row.pushed_seq, asyncio.get_running_loop().time(), slots)
+                threads = self._settings.push_threads  # half of each kind is for other chats
+                slots, retry_slots = asyncio.Semaphore(max(1, threads // 2)), asyncio.Semaphore(max(1, threads // 4))
+                now = asyncio.get_running_loop().time()
+                chat = _Chat(row.id, row.pushed_seq, row.pushed_seq, now, slots, retry_slots)
             chat.seen = max(chat.seen, row.pushed_seq)
             if row.last_seq <= chat.seen:
                 continue
@@ -401,7 +409,7 @@ class NotificationService:
             job.seq = seq  # its next try tells of this one, too
             return
         now = asyncio.get_running_loop().time()
-        job = chat.jobs[device.session_id] = _Job(device.session_id, device.user_id, first, seq, now, seq, now)
+        job = chat.jobs[device.session_id] = _Job(device.session_id, device.user_id, first, seq, now, seq)
         self._give_grace(job)
         self._spawn(self._deliver(chat, job))
 
@@ -410,7 +418,6 @@ class NotificationService:
         job.due, job.wanted = asyncio.get_running_loop().time(), job.seq
         if job.session_id in self._online.live_sessions(job.user_id):
             job.due += self._settings.push_grace_seconds
-        job.begun = job.due
 
     def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(coroutine, name="push-device")
@@ -426,27 +433,21 @@ class NotificationService:
 
     async def _deliver(self, chat: _Chat, job: _Job) -> None:
         """Tell a device of a chat until it knows, need not know, or cannot be told."""
-        loop = asyncio.get_running_loop()
         try:
             while True:
                 job.trying = job.seq
                 try:
                     wait = await self._attempt(chat, job)
                 except Exception as error:
-                    # Ours or the database's, and of this moment or of this device: tried as often as a failing Google.
+                    # Ours or the database's, and of this moment or of this device: tried as long as a failing Google.
                     log.exception("push_failed")
                     wait = self._retry(chat, job, type(error).__name__)
-                if wait is not None and loop.time() + wait > job.begun + self._settings.push_give_up_seconds:
-                    log.warning("push_given_up", extra={"chat_id": chat.id, "session_id": job.session_id})
-                    metrics.push_outcomes.labels("given_up").inc()
-                    self._note(self._mark(chat, job, "given_up"))
-                    wait = None
                 if wait is not None:
                     await asyncio.sleep(wait)
                 elif job.seq == job.trying:
                     return
                 else:  # more was said while that was under way
-                    job.first, job.tries = job.trying + 1, 0
+                    job.first, job.backoff = job.trying + 1, 0.0
                     self._give_grace(job)
         finally:
             del chat.jobs[job.session_id]
@@ -456,7 +457,9 @@ class NotificationService:
         loop = asyncio.get_running_loop()
         if job.due > loop.time():
             return job.due - loop.time()
-        async with chat.slots, self._slots:
+        # First what is only the chat's: whoever waits there keeps no other chat waiting.
+        lane = (chat.retry_slots, self._retry_slots) if job.backoff else (chat.slots, contextlib.nullcontext())
+        async with lane[0], lane[1], self._slots:
             job.trying = job.seq
             try:
                 # Again, now: whoever has read it, left, blocked or logged out since must not hear of it.
@@ -466,7 +469,7 @@ class NotificationService:
                     )
                     unread = await repository.count_unread(session, job.user_id, limit=UNREAD_MAX)
             except Unavailable:
-                job.begun = loop.time()  # it is not Firebase that is to be given up
+                job.failing_since = loop.time()  # it is not Firebase that is to be given up
                 return 2.0
             if not targets or targets[0].read_seq >= job.trying:
                 return None
@@ -520,18 +523,27 @@ class NotificationService:
                 return self._retry(chat, job, outcome.reason, outcome.retry_after)
 
     def _retry(self, chat: _Chat, job: _Job, reason: str, retry_after: float | None = None) -> float | None:
-        """Seconds until the next try, each time more; None after the last."""
+        """Seconds until the next try, each time more; None when it has failed for too long.
+
+        A try follows whatever is waited for, also a Retry-After that ends later than all patience.
+        """
+        now = asyncio.get_running_loop().time()
         where = {"chat_id": chat.id, "session_id": job.session_id, "reason": reason}
-        job.tries += 1
-        if job.tries >= TRIES_MAX:
-            log.warning("push_given_up", extra=where)
-            metrics.push_outcomes.labels("given_up").inc()
-            self._note(self._mark(chat, job, "given_up", reason))
-            return None
+        if not job.backoff:
+            job.failing_since, job.failing_seq = now, job.trying
+        elif now >= job.failing_since + self._settings.push_give_up_seconds:
+            if job.trying == job.failing_seq:
+                log.warning("push_given_up", extra=where)
+                metrics.push_outcomes.labels("given_up").inc()
+                self._note(self._mark(chat, job, "given_up", reason))
+                return None
+            # The newer ones stand for these. In a chat that goes on the cursor must, too.
+            job.first, job.failing_since, job.failing_seq = job.failing_seq + 1, now, job.trying
         self._note(self._mark(chat, job, "retry", reason))
         log.info("push_retried", extra=where)
-        backoff = min(BACKOFF_SECONDS * 2.0 ** (job.tries - 1), BACKOFF_MAX_SECONDS) * random.uniform(0.5, 1)
-        return max(backoff, retry_after or 0.0)
+        job.backoff = min(job.backoff * 2 or BACKOFF_SECONDS, BACKOFF_MAX_SECONDS)
+        wanted = min(retry_after or 0.0, self._settings.push_retry_after_max_seconds)
+        return max(job.backoff * random.uniform(0.5, 1), wanted)
 
     # --- marks for the trace ---
 
@@ -544,10 +556,7 @@ class NotificationService:
         key = (mark.session_id, mark.chat_id)
         earlier = self._marks.get(key)
         if earlier is not None:
-            sent_seq, reason = max(earlier.sent_seq, mark.sent_seq), mark.reason
-            if mark.answer == "given_up":
-                reason = reason or earlier.reason
-            self._marks[key] = mark._replace(sent_seq=sent_seq, reason=reason)
+            self._marks[key] = mark._replace(sent_seq=max(earlier.sent_seq, mark.sent_seq))
         elif len(self._marks) < MARKS_MAX:
             self._marks[key] = mark
 

@@ -496,6 +496,26 @@ async def test_what_was_committed_before_a_kill_and_not_pushed_is_pushed_after_t
     assert len(google.to(token)) == 1
 
 
+async def test_a_kill_while_google_fails_loses_nothing(
+    server: Server, client: httpx.AsyncClient, settings: Settings, google: FakeGoogle, start_server: StartServer
+) -> None:
+    ann, bo, cy = await people(client, 3)
+    chat = await ann.group(bo, cy)
+    token, other = await with_device(bo), await with_device(cy)
+    google.answers[token] = [failure(503, "UNAVAILABLE")]
+    message = await ann.say(chat, TEXT)
+    await google.wait(other)
+    await google.wait(token, 2, answered=True)
+    server.kill()
+    google.answers[token] = [Answer()]
+    again = start_server(settings, ready=False)
+    await asyncio.to_thread(again.wait_until_ready)
+    await pushed_up_to(settings, chat, message["seq"])
+    told = google.to(token)[-1]
+    assert (told.data["seq"], told.answered) == (str(message["seq"]), 200)
+    assert {pushed.message["android"]["collapse_key"] for pushed in google.to(other)} == {f"chat-{chat}"}
+
+
 async def test_a_stop_waits_for_no_hanging_push_and_the_next_start_repeats_it(
     server: Server, client: httpx.AsyncClient, settings: Settings, google: FakeGoogle, start_server: StartServer
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
 from datetime import UTC, datetime
@@ -22,8 +23,9 @@ from app.db.repositories import push as repository
 from app.db.repositories.push import DeviceRow, Target, UnpushedChat
 from app.services import notification_service
 from app.services.container import Services
+from app.services.firebase import Push
 from app.services.notification_service import NotificationService
-from tests.support.firebase import FakeGoogle, fake_google
+from tests.support.firebase import Answer, FakeGoogle, failure, fake_google
 from tests.support.people import Person, people
 from tests.support.secrets import plant
 
@@ -96,6 +98,7 @@ async def test_a_push_that_meets_an_error_nobody_expected_is_tried_again(
 
 
 @pytest.mark.logs_errors
+@pytest.mark.settings(push_give_up_seconds=0.5)
 async def test_a_push_that_always_fails_for_our_own_fault_is_given_up_and_the_cursor_goes_on(
     client: httpx.AsyncClient, services: Services, google: FakeGoogle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -111,9 +114,119 @@ async def test_a_push_that_always_fails_for_our_own_fault_is_given_up_and_the_cu
     monkeypatch.setattr(repository, "count_unread", fail)
     message = await ann.say(chat, "hi")
     await cursor_at(services, chat, message["seq"])
-    assert tries == notification_service.TRIES_MAX
+    assert tries > 1
     assert services.notifications.devices_waiting == 0
     assert not google.to(token)
+
+
+def out_of_quota(retry_after: str | None = None) -> Answer:
+    """Too much of it, Google says."""
+    answer = failure(429, "RESOURCE_EXHAUSTED", "QUOTA_EXCEEDED")
+    if retry_after is not None:
+        answer.headers["Retry-After"] = retry_after
+    return answer
+
+
+def answered(google: FakeGoogle, token: str) -> list[int]:
+    """What Google said to each push to a device."""
+    return [push.answered for push in google.to(token)]
+
+
+async def test_time_alone_ends_the_tries_however_many_there_are(
+    client: httpx.AsyncClient, google: FakeGoogle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(notification_service, "BACKOFF_MAX_SECONDS", 0.01)
+    ann, bo = await people(client, 2)
+    chat, token = await ann.personal(bo), await with_device(bo)
+    google.answers[token] = [failure(503, "UNAVAILABLE") for _ in range(20)] + [Answer()]
+    await ann.say(chat, "hi")
+    await google.wait(token, 21, answered=True)
+    assert answered(google, token) == [503] * 20 + [200]
+
+
+@pytest.mark.settings(push_give_up_seconds=0.1)
+async def test_a_retry_after_longer_than_the_patience_is_waited_for_and_followed_by_a_try(
+    client: httpx.AsyncClient, google: FakeGoogle
+) -> None:
+    ann, bo = await people(client, 2)
+    chat, token = await ann.personal(bo), await with_device(bo)
+    google.answers[token] = [out_of_quota("1"), Answer()]
+    await ann.say(chat, "hi")
+    await google.wait(token, 1, answered=True)
+    refused_at = time.monotonic()
+    await google.wait(token, 2, answered=True)
+    assert time.monotonic() - refused_at > 0.9
+    assert answered(google, token) == [429, 200]
+
+
+@pytest.mark.settings(push_retry_after_max_seconds=0.2)
+async def test_a_retry_after_of_a_day_is_not_believed(client: httpx.AsyncClient, google: FakeGoogle) -> None:
+    ann, bo = await people(client, 2)
+    chat, token = await ann.personal(bo), await with_device(bo)
+    google.answers[token] = [out_of_quota("86400"), Answer()]
+    await ann.say(chat, "hi")
+    await google.wait(token, 2, answered=True)
+
+
+async def test_who_is_out_of_quota_and_hears_of_no_time_waits_a_minute(services: Services, google: FakeGoogle) -> None:
+    firebase = services.notifications._firebase
+    assert firebase is not None
+    google.answers = {"of nobody": [out_of_quota(), out_of_quota("3"), failure(503, "UNAVAILABLE")]}
+    waits = [(await firebase.send(Push("token", "of nobody", "key", {}))).retry_after for _ in range(3)]
+    assert waits == [60, 3, None]
+
+
+@pytest.mark.settings(push_threads=1, push_timeout_seconds=0.5, push_give_up_seconds=0.2)
+async def test_what_waited_long_for_its_turn_has_all_its_time_to_fail(
+    client: httpx.AsyncClient, google: FakeGoogle
+) -> None:
+    ann, bo, cy = await people(client, 3)
+    with_bo, with_cy = await ann.personal(bo), await ann.personal(cy)
+    token_bo, token_cy = await with_device(bo), await with_device(cy)
+    google.answers = {token_bo: [Answer(when=asyncio.Event())], token_cy: [failure(503, "UNAVAILABLE"), Answer()]}
+    await ann.say(with_bo, "hangs for a second, twice what a read may take")
+    await google.wait(token_bo)
+    await ann.say(with_cy, "hi")
+    await google.wait(token_cy, 2, answered=True)
+    assert answered(google, token_cy) == [503, 200]
+
+
+@pytest.mark.settings(push_give_up_seconds=1.0)
+async def test_what_is_said_while_another_message_is_retried_joins_it_and_has_its_own_time(
+    client: httpx.AsyncClient, services: Services, google: FakeGoogle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(notification_service, "BACKOFF_MAX_SECONDS", 0.05)
+    monkeypatch.setattr(notification_service, "STORE_SECONDS", 0.05)
+    ann, bo = await people(client, 2)
+    chat, token = await ann.personal(bo), await with_device(bo)
+    google.answers[token] = [failure(503, "UNAVAILABLE")]
+    first = await ann.say(chat, "hi")
+    await google.wait(token, 3)
+    second = await ann.say(chat, "are you there?")
+    await cursor_at(services, chat, first["seq"])  # this one is given up
+    assert services.notifications.devices_waiting == 1
+    google.answers[token] = [Answer()]
+    await cursor_at(services, chat, second["seq"])
+    seqs = [int(push.data["seq"]) for push in google.to(token)]
+    assert seqs == sorted(seqs)
+    assert answered(google, token)[-1] == 200
+
+
+@pytest.mark.settings(push_threads=2, push_timeout_seconds=60)
+async def test_devices_that_hang_when_tried_again_leave_others_their_turn(
+    client: httpx.AsyncClient, google: FakeGoogle
+) -> None:
+    ann, bo, cy, di = await people(client, 4)
+    never = asyncio.Event()
+    failing = [(await ann.personal(one), await with_device(one)) for one in (bo, cy)]
+    chat, token = await ann.personal(di), await with_device(di)
+    google.answers = {bad: [failure(503, "UNAVAILABLE"), Answer(when=never)] for _, bad in failing}
+    for other, _ in failing:
+        await ann.say(other, "hi")
+    tries = [bad for _, bad in failing]
+    await google.until(lambda: sum(len(google.to(bad)) for bad in tries) >= 3, "a second try that hangs")
+    await ann.say(chat, "hi")
+    await google.wait(token, answered=True)
 
 
 async def test_chats_are_looked_at_together_and_those_beyond_a_look_come_next(
@@ -281,7 +394,7 @@ async def test_whoever_ends_to_push_counts_no_device_any_more(services: Services
         unit_of_work=services.unit_of_work,
         online=services.online,
     )
-    chat = notification_service._Chat(1, 0, 0, 0.0, asyncio.Semaphore())
+    chat = notification_service._Chat(1, 0, 0, 0.0, asyncio.Semaphore(), asyncio.Semaphore())
     service._tell(chat, DeviceRow(1, 1, "token", "of nobody", datetime.now(UTC).replace(tzinfo=None)), 1, 1)
     assert service.devices_waiting == 1
     await service._stop_pushing()  # before the device's task takes its first step
