@@ -396,7 +396,7 @@ class LoadedChats(NamedTuple):
 
 ChatEvents = Callable[[int, int, int | None], AsyncIterator[CatchUpEvent]]
 ResumeEvents = Callable[["OnlineUser", ResumeIn, str | None], AsyncIterator[CatchUpEvent]]
-SocketsListener = Callable[[int], None]
+SocketsListener = Callable[[int, int | None], None]
 
 
 class ConnectionManager:
@@ -416,7 +416,7 @@ class ConnectionManager:
         self.resume_events: ResumeEvents
         """Where catching up reads from; wired by the container, which builds that service from this one."""
         self.listeners: list[SocketsListener] = []
-        """Called with a user when one of their sockets came or went."""
+        """Called with a user when one of their sockets came or went, and with the session of one that went."""
         self.draining = False
         self._empty = asyncio.Event()
         self._empty.set()
@@ -495,6 +495,13 @@ class ConnectionManager:
             return set()
         return {connection.session_id for connection in user.connections if not connection.closing}
 
+    def closing_sessions(self, user_id: int) -> set[int]:
+        """The user's sessions that have a socket here whose end was not seen yet."""
+        user = self.users.get(user_id)
+        if user is None:
+            return set()
+        return {connection.session_id for connection in user.connections if connection.closing}
+
     @property
     def count(self) -> int:
         """Open sockets."""
@@ -513,7 +520,7 @@ class ConnectionManager:
             oldest = user.connections[0]
             oldest.close(CloseCode.REPLACED, "too many sockets of this account")
             self.remove(oldest)
-        self._tell_listeners(user_id)
+        self._tell_listeners(user_id, None)
         return connection
 
     def remove(self, connection: Connection) -> None:
@@ -533,11 +540,11 @@ class ConnectionManager:
             del self.users[user.id]
             if not self.users:
                 self._empty.set()
-        self._tell_listeners(user.id)
+        self._tell_listeners(user.id, connection.session_id)
 
-    def _tell_listeners(self, user_id: int) -> None:
+    def _tell_listeners(self, user_id: int, gone: int | None) -> None:
         for listener in self.listeners:
-            listener(user_id)
+            listener(user_id, gone)
 
     async def load_chats(self, user: OnlineUser) -> LoadedChats:
         """Read a user's chats and subscribe their connections to exactly these.

@@ -48,6 +48,7 @@ from app.services.storage import Storage, check_storage, open_storage
 from app.services.telemetry import Telemetry
 from app.services.ticket_store import MemoryTickets, RedisTickets
 from app.services.trace_service import TraceService
+from app.services.transport import dead_socket_seconds
 from app.services.typing_service import TypingService
 from app.services.unit_of_work import UnitOfWorkFactory
 from app.services.user_service import UserService
@@ -197,7 +198,7 @@ def build_services(settings: Settings, clock: Clock | None = None) -> Services:
     rosters = RosterCache()
     appender = Appender(rosters, clock, receipts_members_max=settings.receipts_members_max)
     connections = ConnectionManager(settings=settings, clock=clock, database=database, admission=admission)
-    online = Online(connections)
+    online = Online(connections, clock, lately_seconds=dead_socket_seconds(settings))
     redis = redis_client(settings.redis_url.get_secret_value()) if settings.redis_url is not None else None
     bus = Bus(redis, clock) if redis is not None else None
     cluster = Cluster(clock=clock, connections=connections, online=online, bus=bus)

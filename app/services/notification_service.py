@@ -38,6 +38,7 @@ from app.services.caller import Caller
 from app.services.chat_log.changes import Appended
 from app.services.firebase import Firebase, Push
 from app.services.online import Online
+from app.services.transport import dead_socket_seconds
 from app.services.unit_of_work import UnitOfWorkFactory
 
 log = logging.getLogger(__name__)
@@ -71,6 +72,8 @@ JOBS_MAX = 20_000
 """Devices being told; beyond, chats wait, and their cursors in the database remember them."""
 NEWEST_MAX = 200
 UNREAD_MAX = 999
+WATCH_SECONDS = 1.0
+"""Between looks whether a socket that may be dead still stands."""
 BACKOFF_SECONDS = 1.0
 BACKOFF_MAX_SECONDS = 60.0
 """So late at most is a push after Firebase has come back, Retry-After aside."""
@@ -477,19 +480,21 @@ class NotificationService:
             live = self._online.live_sessions(job.user_id)
             if job.session_id in live and target.delivered_seq >= job.wanted:
                 job.trying = job.wanted
-                return self._watch(job, live)
+                return self._watch(job)
             return await self._send(chat, job, target.device, unread)
 
-    def _watch(self, job: _Job, live: set[int]) -> float | None:
+    def _watch(self, job: _Job) -> float | None:
         """A device with an open socket of whom somebody says it got the message.
 
-        The mark is the user's: with several devices it may be another's. A socket that outlives the next ping is not
-        dead, so that its device has the message, too; one that closes before is pushed to.
+        The mark is the user's: with several devices it may be another's, that may have gone since. A socket that
+        outlives the next ping is not dead, so that its device has the message, too; one that closes before is pushed
+        to.
         """
-        sure_at = job.due + self._settings.socket_heartbeat_seconds + self._settings.socket_timeout_seconds
-        if len(live) == 1 or asyncio.get_running_loop().time() >= sure_at:
+        if self._online.recent_sessions(job.user_id) == {job.session_id}:
             return None
-        return 1.0
+        if asyncio.get_running_loop().time() >= job.due + dead_socket_seconds(self._settings):
+            return None
+        return WATCH_SECONDS
 
     async def _send(self, chat: _Chat, job: _Job, device: DeviceRow, unread: int) -> float | None:
         if self._firebase is None:

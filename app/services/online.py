@@ -6,9 +6,11 @@ announcements go, whom presence is told of, and which devices need no push. Noth
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Set
 from typing import Protocol
 
+from app.core.clock import Clock
 from app.services.connection_manager import ConnectionManager
 
 OnlineListener = Callable[[int, bool], None]
@@ -25,10 +27,15 @@ class OnlineHere(Protocol):
 class Online:
     """The sockets of all workers, by user."""
 
-    def __init__(self, connections: ConnectionManager) -> None:
+    def __init__(self, connections: ConnectionManager, clock: Clock, *, lately_seconds: float) -> None:
+        """For `lately_seconds` it is remembered who had a socket."""
         self._connections = connections
+        self._clock = clock
+        self._lately_seconds = lately_seconds
         self._here: set[int] = set()
         self._elsewhere: dict[str, dict[int, frozenset[int]]] = {}
+        self._gone: dict[int, dict[int, float]] = {}
+        """When sessions lost a socket, by user; who did last, comes last."""
         self.listeners: list[OnlineListener] = []
         """Called with a user, and whether they have a socket anywhere now."""
         self.here_listeners: list[OnlineHere] = []
@@ -49,6 +56,23 @@ class Online:
             sessions |= users.get(user_id, frozenset())
         return sessions
 
+    def recent_sessions(self, user_id: int) -> set[int]:
+        """The user's sessions that have an open socket anywhere, or had one lately."""
+        live = self.live_sessions(user_id) | self._connections.closing_sessions(user_id)
+        return live | self._gone_lately(user_id).keys()
+
+    def _gone_lately(self, user_id: int) -> dict[int, float]:
+        since = self._clock.monotonic() - self._lately_seconds
+        return {session_id: at for session_id, at in self._gone.get(user_id, {}).items() if at > since}
+
+    def _note_gone(self, user_id: int, session_id: int) -> None:
+        now, of_user = self._clock.monotonic(), self._gone_lately(user_id)
+        self._gone.pop(user_id, None)
+        self._gone[user_id] = {**of_user, session_id: now}
+        for first in list(itertools.islice(self._gone, 2)):  # two for each that comes: it stays as small as it can be
+            if max(self._gone[first].values()) <= now - self._lately_seconds:
+                del self._gone[first]
+
     def workers_with(self, *groups: Set[int]) -> list[str]:
         """The other workers on which anybody of these is online."""
         return [
@@ -64,7 +88,9 @@ class Online:
 
     # --- what changes ---
 
-    def _on_sockets(self, user_id: int) -> None:
+    def _on_sockets(self, user_id: int, gone: int | None) -> None:
+        if gone is not None:
+            self._note_gone(user_id, gone)
         online = self._connections.is_online(user_id)
         if online != (user_id in self._here):
             (self._here.add if online else self._here.discard)(user_id)
@@ -78,6 +104,8 @@ class Online:
         known = self._elsewhere.setdefault(worker, {})
         for user_id, sessions in users:
             before = self.is_online(user_id)
+            for session_id in known.get(user_id, frozenset()) - sessions:
+                self._note_gone(user_id, session_id)
             if sessions:
                 known[user_id] = sessions
             else:

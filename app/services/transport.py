@@ -11,12 +11,21 @@ from typing import Any, Protocol
 
 import orjson
 
+from app.core.config import Settings
+
 CLOSE_SECONDS = 5.0
 """A peer that has not taken its close frame, and answered it, by then is cut off."""
 HIGH_WATER = 64 * 1024
 """Above so many unsent bytes a paced sender stops and waits for `on_drained`."""
 LOW_WATER = 16 * 1024
 """`on_drained` comes when the unsent bytes, once above HIGH_WATER, have fallen to this."""
+
+
+def dead_socket_seconds(settings: Settings) -> float:
+    """How long at most a socket stays open whose peer has vanished: a ping is missed, and then the farewell, too."""
+    between_pings = max(settings.socket_heartbeat_seconds, settings.socket_timeout_seconds)
+    return between_pings + settings.socket_timeout_seconds + CLOSE_SECONDS
+
 
 _TEXT = 0x81
 _BINARY = 0x82

@@ -7,7 +7,7 @@ import threading
 import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from sqlalchemy.exc import ProgrammingError
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.core.config import Settings
+from app.db.events import MessageDeliveredCommand
 from app.db.models import Chat
 from app.db.repositories import push as repository
 from app.db.repositories.push import DeviceRow, Target, UnpushedChat
@@ -26,6 +27,7 @@ from app.services.container import Services
 from app.services.firebase import Push
 from app.services.notification_service import NotificationService
 from tests.support.firebase import Answer, FakeGoogle, failure, fake_google
+from tests.support.no_network import Wire
 from tests.support.people import Person, people
 from tests.support.secrets import plant
 
@@ -371,6 +373,44 @@ async def test_a_search_finds_what_lags_behind_however_many_chats_are_busy(
         await ann.say(chat, "hi")
     [push] = await google.wait(token)
     assert push.data["chat_id"] == str(lagging)
+
+
+@pytest.mark.settings(push_grace_seconds=1, socket_heartbeat_seconds=0.1, socket_timeout_seconds=0.1)
+@pytest.mark.parametrize("desk", ["stays", "leaves", "leaves another worker"])
+async def test_a_phone_half_dead_is_told_though_the_desk_marked_the_message_whether_that_stays_or_leaves(
+    client: httpx.AsyncClient, services: Services, google: FakeGoogle, monkeypatch: pytest.MonkeyPatch, desk: str
+) -> None:
+    monkeypatch.setattr(notification_service, "WATCH_SECONDS", 0.3)
+    ann, bo = await people(client, 2)
+    chat, token = await ann.personal(bo), await with_device(bo)
+    [session] = await bo.do("GET", "/auth/sessions")
+    expires_at = datetime.now(UTC) + timedelta(hours=1)
+    phone = services.connections.add(Wire(), bo.id, session["id"], expires_at)
+    another = session["id"] + 1
+    if elsewhere := desk == "leaves another worker":
+        services.online.update("other", [(bo.id, frozenset({another}))])
+    here = None if elsewhere else services.connections.add(Wire(), bo.id, another, expires_at)
+    looks = asyncio.Semaphore(0)
+    list_targets = repository.list_targets
+
+    async def counted(session: AsyncSession, chat_ids: Sequence[int], **options: Any) -> list[Target]:
+        if "session_id" in options:
+            looks.release()
+        return await list_targets(session, chat_ids, **options)
+
+    monkeypatch.setattr(repository, "list_targets", counted)
+    message = await ann.say(chat, "hi")
+    delivered = MessageDeliveredCommand(type="message_delivered", chat_id=chat, message_id=message["id"])
+    await services.messages.write(bo.id, delivered)
+    if elsewhere:
+        services.online.update("other", [(bo.id, frozenset())])
+    elif here is not None and desk == "leaves":
+        services.connections.remove(here)
+    async with asyncio.timeout(20):
+        for _ in range(3):  # a ping is missed by now, but the farewell to the phone is still on its way
+            await looks.acquire()
+    services.connections.remove(phone)
+    await google.wait(token)
 
 
 async def cursor_of(services: Services, chat_id: int) -> int | None:

@@ -17,39 +17,46 @@ from app.db.repositories import pairs as pairs_repository
 from app.db.repositories import users as users_repository
 from app.main import create_app
 from app.services import presence_service
-from app.services.connection_manager import Connection
+from app.services.admission import Admission
+from app.services.connection_manager import CloseCode, Connection, ConnectionManager
 from app.services.container import Services
-from app.services.transport import Frames
+from app.services.online import Online
+from tests.support.clock import ManualClock
+from tests.support.no_network import Wire
 from tests.support.people import Person, people
-
-
-class Wire:
-    """A transport that keeps what it is given."""
-
-    def __init__(self) -> None:
-        self.sent: list[Frames] = []
-
-    @property
-    def unsent_bytes(self) -> int:
-        return 0
-
-    def send(self, frames: Frames) -> None:
-        self.sent.append(frames)
-
-    def close(self, code: int, reason: str = "") -> None:
-        """Stay open: what the server does then is not looked at here."""
-
-    def pause_reading(self) -> None:
-        """Nothing is read."""
-
-    def resume_reading(self) -> None:
-        """Nothing is read."""
 
 
 def connect(services: Services, person: Person) -> Connection:
     """A socket of somebody, without a network."""
     expires_at = datetime.now(UTC) + timedelta(hours=1)
     return services.connections.add(Wire(), person.id, 1, expires_at)
+
+
+async def test_sessions_that_lost_their_socket_here_or_elsewhere_are_remembered_for_a_while(
+    settings: Settings, database: Database
+) -> None:
+    clock = ManualClock()
+    connections = ConnectionManager(
+        settings=settings, clock=clock, database=database, admission=Admission(settings, clock, readers=10)
+    )
+    online = Online(connections, clock, lately_seconds=45)
+    ann, bo = 1, 2
+    expires_at = clock.now() + timedelta(hours=1)
+    here, _stays = connections.add(Wire(), ann, 10, expires_at), connections.add(Wire(), ann, 11, expires_at)
+    online.update("other", [(ann, frozenset({12})), (bo, frozenset({20}))])
+    assert online.recent_sessions(ann) == {10, 11, 12}
+    here.close(CloseCode.RESTART, "the client has not answered yet")
+    assert online.live_sessions(ann) == {11, 12}
+    assert online.recent_sessions(ann) == {10, 11, 12}
+    connections.remove(here)
+    clock.advance(30)
+    online.forget("other")
+    assert online.recent_sessions(ann) == {10, 11, 12}
+    clock.advance(15)
+    assert online.recent_sessions(ann) == {11, 12}
+    clock.advance(30)
+    assert online.recent_sessions(ann) == {11}
+    assert online.recent_sessions(bo) == set()
 
 
 async def test_a_block_during_a_subscription_keeps_the_two_from_seeing_each_other(
