@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import os
 import secrets
@@ -219,7 +220,9 @@ def clear_incoming(root: Path, *, older_than_seconds: float) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for path in folder.iterdir():
-            if path.stat().st_mtime < time.time() - older_than_seconds:
-                path.unlink(missing_ok=True)
+            # Gone by now: its upload has ended, here or in another process.
+            with contextlib.suppress(FileNotFoundError):
+                if path.stat().st_mtime < time.time() - older_than_seconds:
+                    path.unlink()
     except OSError as error:
         raise StartupError(f"The folder {root} cannot be written ({error.strerror}).") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import threading
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from moto.server import ThreadedMotoServer
 from app.core.config import Settings
 from app.core.errors import StartupError, Unavailable
 from app.main import create_app
-from app.services.storage import LocalStorage, S3Storage, Storage, new_key, open_storage
+from app.services.storage import LocalStorage, S3Storage, Storage, clear_incoming, new_key, open_storage
 from tests.support.databases import make_settings
 from tests.support.images import image
 from tests.support.people import people
@@ -76,6 +77,25 @@ async def test_a_folder_that_cannot_be_written_is_unavailable(tmp_path: Path) ->
     with pytest.raises(Unavailable) as refused:
         await LocalStorage(tmp_path / "kept").put(new_key(), source)
     assert refused.value.code == "storage_unavailable"
+
+
+def test_what_another_process_has_just_deleted_does_not_keep_a_server_from_starting(tmp_path: Path) -> None:
+    clear_incoming(tmp_path, older_than_seconds=60)
+    ended = threading.Event()
+
+    def check_readiness() -> None:
+        storage = LocalStorage(tmp_path)
+        while not ended.is_set():
+            assert storage._works()
+
+    with contextlib.ExitStack() as stack:
+        for _ in range(2):
+            checking = threading.Thread(target=check_readiness)
+            checking.start()
+            stack.callback(checking.join)
+        stack.callback(ended.set)
+        for _ in range(2000):
+            clear_incoming(tmp_path, older_than_seconds=60)
 
 
 async def test_a_bucket_that_takes_no_files_is_told_from_the_first_failure_until_it_takes_them_again(
