@@ -64,7 +64,7 @@ PROBLEM_EXAMPLES = {
     "reply_not_found": ProblemExample(404, "The message it answers is not in this chat."),
     "session_not_found": ProblemExample(404, "There is no such session."),
     "shutting_down": ProblemExample(503, "The server is restarting; try again."),
-    "storage_unavailable": ProblemExample(503, "Files cannot be stored now; try again later."),
+    "storage_unavailable": ProblemExample(503, "Files cannot be stored or read now; try again later."),
     "too_many_attachments": ProblemExample(422, "A message has at most 10 files.", "attachments"),
     "too_many_pinned": ProblemExample(409, "At most 10 chats can be pinned."),
     "unsupported_media_type": ProblemExample(415, "Send JSON with Content-Type: application/json."),

@@ -210,6 +210,11 @@ http_refused = _counter("dialect_http_connections_refused_total", "Connections r
 http_connections = _gauge("dialect_http_connections_open", "Open connections that are no sockets.")
 uploads = _counter("dialect_uploads_total", "Files taken in.", "kind")
 upload_bytes = _tally("dialect_upload_bytes_total", "Bytes of files that came in, whatever became of them.")
+storage_failures = _counter(
+    "dialect_storage_failures_total",
+    "What the folder or the bucket of files failed at (`put`, `read`, `delete`), each time it was tried.",
+    "action",
+)
 rate_limited = _counter("dialect_rate_limited_total", "Requests and commands refused by a limit.", "limit")
 bulk_reads_waiting = _gauge("dialect_bulk_reads_waiting", "Searches, lists and histories that wait for their turn.")
 bulk_reads_refused = _counter(

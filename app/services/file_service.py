@@ -14,7 +14,7 @@ import logging
 import os
 import secrets
 from collections import Counter
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path, PurePath
@@ -43,7 +43,7 @@ from app.db.repositories.files import StoredFile
 from app.db.schemas import FileKind, UploadedFile
 from app.services.image_service import ImageService, looks_like_image
 from app.services.rate_limiter import RateLimiter
-from app.services.storage import INCOMING, Storage, clear_incoming, new_key, storage_full
+from app.services.storage import INCOMING, Storage, clear_incoming, new_key, reason_of, storage_failed
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +54,9 @@ HEAD_BYTES = 8192
 NAME_BYTES_MAX = 255
 COLLECT_SECONDS = 60.0
 COLLECT_PAGE = 100
+"""Files in one transaction of the collector, whatever there is to collect: others write meanwhile."""
+COLLECT_AGAIN = timedelta(minutes=10)
+"""When a file is tried again that the storage did not delete: behind all that are due by then."""
 STOP_SECONDS = 1.0
 ABANDONED_SECONDS = 6 * 3600
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".png", ".gif", ".webp", ".svg", ".bmp", ".tif", ".tiff", ".ico"})
@@ -84,7 +87,7 @@ class Incoming:
         except BaseException as error:
             self._leave()
             if isinstance(error, OSError):
-                raise storage_full() from error
+                raise storage_failed("put", f"{INCOMING}/{self.path.name}", error) from error
             raise
         return self
 
@@ -138,7 +141,7 @@ class Incoming:
         try:
             await asyncio.to_thread(self._append, pieces)
         except OSError as error:
-            raise storage_full() from error
+            raise storage_failed("put", f"{INCOMING}/{self.path.name}", error) from error
 
     def _append(self, pieces: list[bytes | memoryview]) -> None:
         if self._file is None:
@@ -359,16 +362,31 @@ class FileService:
                 await repository.keep_files(session, sorted(attached))
             gone = [file for file in due if file.id not in attached]
             if gone:
-                later = now + timedelta(minutes=10)
-                await repository.hide_files(session, [file.id for file in gone], again_at=later)
-        for file in gone:
-            for key in repository.stored_keys(file):
-                await self._storage.delete(key)
+                await repository.hide_files(session, [file.id for file in gone], again_at=now + COLLECT_AGAIN)
         if gone:
-            async with self._database.writing() as session:
-                await repository.delete_files(session, [file.id for file in gone])
-            log.info("files_collected", extra={"files": len(gone)})
+            await self._delete(gone)
         return len(due) == COLLECT_PAGE
+
+    async def _delete(self, files: Sequence[StoredFile]) -> None:
+        """Delete the bytes of hidden files, and forget those whose bytes went; the others come again."""
+        deleted: list[int] = []
+        kept: list[tuple[int, Unavailable]] = []
+        for file in files:
+            try:
+                for key in repository.stored_keys(file):
+                    await self._storage.delete(key)
+            except Unavailable as error:
+                kept.append((file.id, error))
+            else:
+                deleted.append(file.id)
+        if deleted:
+            async with self._database.writing() as session:
+                await repository.delete_files(session, deleted)
+            log.info("files_collected", extra={"files": len(deleted)})
+        if kept:
+            file_id, failure = kept[0]
+            reason = reason_of(failure.__cause__)
+            log.warning("files_not_deleted", extra={"files": len(kept), "file_id": file_id, "error": reason})
 
 
 def detect(head: bytes) -> tuple[str, FileKind]:

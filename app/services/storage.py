@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import math
 import os
 import secrets
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from obstore.exceptions import BaseError as S3Error
 from obstore.exceptions import NotFoundError
 from obstore.store import S3Store
 
+from app.core import metrics
 from app.core.config import Settings
 from app.core.errors import StartupError, Unavailable
+
+log = logging.getLogger(__name__)
 
 CHUNK = 256 * 1024
 INCOMING = "incoming"
@@ -41,7 +45,7 @@ class Storage(Protocol):
         """All of a small file. Raises FileNotFoundError and Unavailable."""
 
     async def delete(self, key: str) -> None:
-        """Forget a file. What is not there is no error. Raises Unavailable."""
+        """Forget a file. What is not there is no error. Raises Unavailable, which the caller logs: it may have many."""
 
     async def works(self) -> bool:
         """Whether files can be stored now."""
@@ -53,9 +57,29 @@ def new_key() -> str:
     return f"{name[:2]}/{name[2:4]}/{name}"
 
 
-def storage_full() -> Unavailable:
-    """No room is left, or the disk does not answer."""
-    return Unavailable("storage_unavailable", "Files cannot be stored now; try again later.", retry_after=30)
+def reason_of(error: BaseException | None) -> str:
+    """An error of a disk or a bucket in one line; the rest of the latter is for the library's authors."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return next(iter(str(error).splitlines()), "")
+
+
+def storage_failed(action: Literal["put", "read", "delete"], key: str, error: Exception) -> Unavailable:
+    """Tell the operator what could not be done, and why; what the client is told. To log deletions is the caller's."""
+    metrics.storage_failures.labels(action).inc()
+    if action != "delete":
+        log.warning("storage_failed", extra={"action": action, "key": key, "error": reason_of(error)})
+    return Unavailable("storage_unavailable", "Files cannot be stored or read now; try again later.", retry_after=30)
+
+
+@contextlib.contextmanager
+def _reading(key: str) -> Iterator[None]:
+    try:
+        yield
+    except (NotFoundError, FileNotFoundError) as error:
+        raise FileNotFoundError(key) from error
+    except (S3Error, OSError) as error:
+        raise storage_failed("read", key, error) from error
 
 
 class LocalStorage:
@@ -83,7 +107,7 @@ class LocalStorage:
         try:
             await asyncio.to_thread(self._put, key, source)
         except OSError as error:
-            raise storage_full() from error
+            raise storage_failed("put", key, error) from error
 
     def _put(self, key: str, source: Path) -> None:
         target = self._root / key
@@ -101,12 +125,14 @@ class LocalStorage:
                 os.close(descriptor)
 
     async def read(self, key: str, start: int, end: int) -> AsyncIterator[bytes]:
-        file = await asyncio.to_thread((self._root / key).open, "rb", 0)
+        with _reading(key):
+            file = await asyncio.to_thread((self._root / key).open, "rb", 0)
         try:
             file.seek(start)
             left = end - start
             while left > 0:
-                data = await asyncio.to_thread(file.read, min(CHUNK, left))
+                with _reading(key):
+                    data = await asyncio.to_thread(file.read, min(CHUNK, left))
                 if not data:
                     raise FileNotFoundError(key)
                 left -= len(data)
@@ -115,13 +141,14 @@ class LocalStorage:
             file.close()
 
     async def load(self, key: str) -> bytes:
-        return await asyncio.to_thread((self._root / key).read_bytes)
+        with _reading(key):
+            return await asyncio.to_thread((self._root / key).read_bytes)
 
     async def delete(self, key: str) -> None:
         try:
             await asyncio.to_thread((self._root / key).unlink, missing_ok=True)
         except OSError as error:
-            raise storage_full() from error
+            raise storage_failed("delete", key, error) from error
 
 
 class S3Storage:
@@ -145,9 +172,8 @@ class S3Storage:
                 **{name: value for name, value in given.items() if value},
             )
         except (S3Error, OSError, ValueError) as error:
-            problem = str(error).splitlines()[0]  # the rest is for the library's authors
             raise StartupError(
-                f"The bucket {settings.s3_bucket} cannot be used ({problem}); check the S3_* settings."
+                f"The bucket {settings.s3_bucket} cannot be used ({reason_of(error)}); check the S3_* settings."
             ) from error
 
     async def works(self) -> bool:
@@ -165,30 +191,19 @@ class S3Storage:
             await self._store.put_async(key, source)
         except (S3Error, OSError) as error:
             self._took_the_last = False
-            raise storage_full() from error
+            raise storage_failed("put", key, error) from error
         self._took_the_last = True
 
     async def read(self, key: str, start: int, end: int) -> AsyncIterator[bytes]:
-        position = start
-        while position < end:
-            step = min(end, position + 8 * 1024 * 1024)
-            try:
-                data = await self._store.get_range_async(key, start=position, end=step)
-            except (NotFoundError, FileNotFoundError) as error:
-                raise FileNotFoundError(key) from error
-            except (S3Error, OSError) as error:
-                raise storage_full() from error
+        for position in range(start, end, 8 * CHUNK * 4):
+            with _reading(key):
+                data = await self._store.get_range_async(key, start=position, end=min(end, position + 8 * CHUNK * 4))
             yield bytes(data)
-            position = step
 
     async def load(self, key: str) -> bytes:
-        try:
+        with _reading(key):
             found = await self._store.get_async(key)
             return bytes(await found.bytes_async())
-        except (NotFoundError, FileNotFoundError) as error:
-            raise FileNotFoundError(key) from error
-        except (S3Error, OSError) as error:
-            raise storage_full() from error
 
     async def delete(self, key: str) -> None:
         try:
@@ -196,7 +211,7 @@ class S3Storage:
         except (NotFoundError, FileNotFoundError):
             return
         except (S3Error, OSError) as error:
-            raise storage_full() from error
+            raise storage_failed("delete", key, error) from error
 
 
 def open_storage(settings: Settings) -> Storage:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import io
+import logging
 import os
 from datetime import timedelta
 from pathlib import Path
@@ -12,10 +13,13 @@ from pathlib import Path
 import httpx
 import pytest
 from PIL import Image
+from sqlalchemy import func, select
+from sqlalchemy.orm import InstrumentedAttribute
 
 from app.api.v1.files import byte_range
 from app.core.config import Settings
 from app.core.errors import TooManyRequests
+from app.db.models import File
 from app.services.container import Services
 from app.services.file_service import detect
 from tests.support.images import animation, image, photo_with_place
@@ -288,10 +292,53 @@ async def test_what_no_message_holds_is_collected_and_nothing_else(
     await ann.delete(deleted)
     await services.files.collect()  # one file is in no message any more; another was never in any, but is young
     assert [await status(ann, file) for file in files] == [200, 200, 404, 200]
-    services.files._clock = _Later(services, hours=25)  # type: ignore[assignment]
+    later(services, hours=25)
     await services.files.collect()
     assert [await status(ann, file) for file in files] == [200, 200, 404, 404]
     assert len(on_disk(settings)) == 4
+
+
+async def test_a_file_that_cannot_be_deleted_keeps_no_other_from_going_and_is_tried_again(
+    client: httpx.AsyncClient, services: Services, settings: Settings, caplog: pytest.LogCaptureFixture
+) -> None:
+    [ann] = await people(client, 1)
+    for number in range(3):
+        await ann.upload(bytes([number]) * 100)
+    stuck = on_disk(settings)
+    for path in stuck[:2]:  # what is a folder is not unlinked
+        path.unlink()
+        path.mkdir()
+    later(services, hours=25)
+    assert not await services.files.collect()
+    assert on_disk(settings) == []
+    [line] = [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert (line.message, vars(line)["files"], vars(line)["error"]) == ("files_not_deleted", 2, "Is a directory")
+    assert await stored(services, File.id) == 2
+    for path in stuck[:2]:
+        path.rmdir()
+    await services.files.collect()  # not yet
+    assert await stored(services, File.id) == 2
+    later(services, hours=25.2)
+    await services.files.collect()
+    assert await stored(services, File.id) == 0
+
+
+# --- storage in trouble -----------------------------------------------------------------------------------------
+
+
+async def test_what_the_disk_cannot_read_is_told_as_such_and_may_be_asked_for_again(
+    client: httpx.AsyncClient, settings: Settings
+) -> None:
+    [ann] = await people(client, 1)
+    file = await ann.upload(image(), "a.png", "image/png")
+    url = (await ann.try_upload(image(), "a.png", path="/users/me/avatar")).json()["avatar_url"]
+    for path in on_disk(settings):
+        path.unlink()
+        path.mkdir()
+    answers = [await ann.fetch(file["file_id"]), await ann.fetch(file["file_id"], "/thumbnail"), await client.get(url)]
+    for answer in answers:
+        assert (answer.status_code, answer.json()["code"]) == (503, "storage_unavailable")
+        assert answer.headers["retry-after"] == "30"
 
 
 @pytest.mark.settings(max_uploads_at_once=3)
@@ -318,6 +365,17 @@ class _Later:
     def now(self) -> object:
         """The time then."""
         return self._clock.now() + self._step
+
+
+def later(services: Services, hours: float) -> None:
+    """Let so much time pass for the collector."""
+    services.files._clock = _Later(services, hours)  # type: ignore[assignment]
+
+
+async def stored(services: Services, column: InstrumentedAttribute[int]) -> int:
+    """How many rows a table has."""
+    async with services.database.reading() as session:
+        return int((await session.execute(select(func.count(column)))).scalar_one())
 
 
 async def status(person: Person, file: Json) -> int:

@@ -36,6 +36,7 @@ CLOSE_CODES = {"other", *map(str, metrics.CLOSE_CODES), *(str(int(code)) for cod
 ROUTES = re.compile(r"other|/|/metrics|/health/(live|ready)|(/api/v1)?(/[a-z-]+|/\{[a-z_]+\})+")
 # What each label may say. Whoever adds a label adds it here, and thinks about how many values it can have.
 VALUES: dict[str, Callable[[str], object]] = {
+    "action": lambda text: text in ("put", "read", "delete"),
     "code": lambda text: text in ERROR_CODES | CLOSE_CODES,
     "door": lambda text: text in ("socket", "rest"),
     "kind": lambda text: text in ("image", "video", "audio", "file", "avatar"),

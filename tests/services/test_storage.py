@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import threading
 from collections.abc import Iterator
@@ -77,6 +78,23 @@ async def test_a_folder_that_cannot_be_written_is_unavailable(tmp_path: Path) ->
     with pytest.raises(Unavailable) as refused:
         await LocalStorage(tmp_path / "kept").put(new_key(), source)
     assert refused.value.code == "storage_unavailable"
+
+
+async def test_what_cannot_be_read_is_unavailable_and_told_once_with_the_reason(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    storage = LocalStorage(tmp_path)
+    (tmp_path / "a-folder").mkdir()
+    (tmp_path / "broken").symlink_to("/proc/self/mem")  # it opens, and reading its first byte is EIO
+    for key, reason in [("a-folder", "Is a directory"), ("broken", "Input/output error")]:
+        for asked in (whole(storage, key, 0, 1), storage.load(key)):
+            caplog.clear()
+            with caplog.at_level(logging.WARNING), pytest.raises(Unavailable) as refused:
+                await asked
+            assert (refused.value.code, refused.value.retry_after) == ("storage_unavailable", 30)
+            [line] = caplog.records
+            told = {name: vars(line)[name] for name in ("action", "key", "error")}
+            assert (line.message, told) == ("storage_failed", {"action": "read", "key": key, "error": reason})
 
 
 def test_what_another_process_has_just_deleted_does_not_keep_a_server_from_starting(tmp_path: Path) -> None:
