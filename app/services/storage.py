@@ -25,6 +25,10 @@ from app.core.errors import StartupError, Unavailable
 log = logging.getLogger(__name__)
 
 CHUNK = 256 * 1024
+RANGE = 512 * 1024
+"""Of a bucket: one request each. A slow client keeps one in memory for as long as it likes."""
+PARTS_AT_ONCE = 2
+"""Of a large file on its way to a bucket, 5 MiB each: what an upload keeps in memory, however large it is."""
 INCOMING = "incoming"
 """Folder of files on their way in; nobody can ask for them, and a start empties it."""
 
@@ -188,16 +192,16 @@ class S3Storage:
 
     async def put(self, key: str, source: Path) -> None:
         try:
-            await self._store.put_async(key, source)
+            await self._store.put_async(key, source, max_concurrency=PARTS_AT_ONCE)
         except (S3Error, OSError) as error:
             self._took_the_last = False
             raise storage_failed("put", key, error) from error
         self._took_the_last = True
 
     async def read(self, key: str, start: int, end: int) -> AsyncIterator[bytes]:
-        for position in range(start, end, 8 * CHUNK * 4):
+        for position in range(start, end, RANGE):
             with _reading(key):
-                data = await self._store.get_range_async(key, start=position, end=min(end, position + 8 * CHUNK * 4))
+                data = await self._store.get_range_async(key, start=position, end=min(end, position + RANGE))
             yield bytes(data)
 
     async def load(self, key: str) -> bytes:

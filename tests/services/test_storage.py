@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -22,6 +25,7 @@ from app.services.storage import LocalStorage, S3Storage, Storage, clear_incomin
 from tests.support.databases import make_settings
 from tests.support.images import image
 from tests.support.people import people
+from tests.support.watch import MB
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +69,8 @@ async def test_what_was_put_is_read_in_any_range_until_it_is_deleted(storage: St
     await storage.put(key, source)
     for start, end in [(0, len(data)), (0, 1), (8_388_607, 8_388_609), (5, 5), (len(data) - 1, len(data))]:
         assert await whole(storage, key, start, end) == data[start:end]
+    longest = max([len(piece) async for piece in storage.read(key, 0, len(data))])
+    assert longest <= MB  # a slow client has a piece kept for as long as it likes
     await storage.delete(key)
     await storage.delete(key)
     with pytest.raises(FileNotFoundError):
@@ -193,3 +199,33 @@ async def test_files_are_kept_in_s3_when_the_settings_say_so(settings: Settings,
             assert (await bo.fetch(file["file_id"], Range="bytes=999990-")).content == data[-10:]
             assert (await bo.fetch(picture["file_id"], "/thumbnail")).status_code == 200
     assert [path for path in settings.upload_path.rglob("*") if path.is_file()] == []
+
+
+PUT = """
+import asyncio, json, os, sys
+from pathlib import Path
+from app.services.storage import S3Storage
+from tests.support.databases import make_settings
+from tests.support.watch import MemoryWatch
+
+async def main(settings, source):
+    storage = S3Storage(make_settings(**json.loads(settings)))
+    await storage.put("small", Path("pyproject.toml"))
+    watch = MemoryWatch(os.getpid())
+    await storage.put("large", Path(source))
+    watch.end()
+    print(watch.growth, flush=True)
+    os._exit(0)  # the library's threads may abort the end of an interpreter
+
+asyncio.run(main(*sys.argv[1:]))
+"""
+
+
+def test_a_large_file_passes_to_a_bucket_in_little_memory(s3_url: str, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.write_bytes(os.urandom(40 * MB))
+    # In a process of its own: this one has the server, which keeps all in memory.
+    command = [sys.executable, "-c", PUT, json.dumps(s3_settings(s3_url)), str(source)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 25 * MB
