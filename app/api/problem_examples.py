@@ -27,6 +27,7 @@ PROBLEM_EXAMPLES = {
     "chat_not_found": ProblemExample(404, "There is no such chat."),
     "database_unavailable": ProblemExample(503, "The database does not answer; try again."),
     "file_empty": ProblemExample(422, "The file is empty.", "file"),
+    "file_in_use": ProblemExample(409, "A message holds this file; delete the message instead."),
     "file_not_found": ProblemExample(404, "There is no such file."),
     "file_too_large": ProblemExample(413, "A file may have 52428800 bytes."),
     "group_full": ProblemExample(409, "A group has at most 2000 members."),

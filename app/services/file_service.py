@@ -27,6 +27,7 @@ from app.core.clock import Clock, timestamp
 from app.core.config import Settings
 from app.core.errors import (
     BadInput,
+    Conflict,
     DialectError,
     Forbidden,
     StartupError,
@@ -335,6 +336,22 @@ class FileService:
     def read(self, content: Content, start: int, end: int) -> AsyncIterator[bytes]:
         """Bytes start..end-1 of a file."""
         return self._storage.read(content.key, start, end)
+
+    # --- going for good ---
+
+    async def delete(self, user_id: int, file_id: int) -> None:
+        """Give up a file of one's own that no message holds: it counts no more, and the collector takes its bytes.
+
+        Raises NotFound (`file_not_found`), also for what is not the caller's, and Conflict (`file_in_use`).
+        """
+        now = self._clock.now().replace(tzinfo=None)
+        async with self._database.writing() as session:
+            if not await repository.lock_own(session, file_id, user_id):
+                raise file_not_found()
+            # Asked under the lock: who attaches a file locks it first.
+            if await repository.list_attached(session, [file_id]):
+                raise Conflict("file_in_use", "A message holds this file; delete the message instead.")
+            await repository.hide_files(session, [file_id], again_at=now)
 
     # --- collecting ---
 

@@ -52,6 +52,7 @@ class Scene:
     other_chat: int
     other_message: int
     file: int
+    unsent_file: int
     other_file: int
 
     def id(self, name: str) -> int:
@@ -70,6 +71,7 @@ async def set_scene(client: httpx.AsyncClient) -> Scene:
     chat = await owner.group(member, other_member, ex_member)
     message = await owner.say(chat, "of the owner")
     file, other_file = await owner.upload(image(), "a.png"), await bystander.upload(b"of others")
+    unsent_file = await owner.upload(b"of the owner")
     await owner.send_files(chat, "image", file)
     await owner.remove(chat, ex_member)
     other_chat = await bystander.group()
@@ -87,6 +89,7 @@ async def set_scene(client: httpx.AsyncClient) -> Scene:
         other_chat,
         other["id"],
         file["file_id"],
+        unsent_file["file_id"],
         other_file["file_id"],
     )
 
@@ -207,6 +210,7 @@ ROUTES: dict[str, Route] = {
     f"GET {API}/messages/{{message_id}}/trace": Route(may="ok 404 404 404"),
     f"POST {API}/messages/upload": Route(upload=True),
     f"GET {API}/files/{{file_id}}": Route(may="ok ok 404 404"),
+    f"DELETE {API}/files/{{file_id}}": Route(ids=lambda scene: {"file_id": scene.unsent_file}, may="ok 404 404 404"),
     f"GET {API}/files/{{file_id}}/thumbnail": Route(may="ok ok 404 404"),
     f"POST {API}/messages/resume": Route(
         body=lambda scene: {"epoch": "x", "account_version": 0, "chats": {str(scene.chat): 0}}

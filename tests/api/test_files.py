@@ -323,6 +323,65 @@ async def test_a_file_that_cannot_be_deleted_keeps_no_other_from_going_and_is_tr
     assert await stored(services, File.id) == 0
 
 
+# --- deleting ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.settings(max_stored_bytes_per_user=1000)
+async def test_deleting_a_file_that_no_message_holds_makes_room_at_once(
+    client: httpx.AsyncClient, services: Services, settings: Settings
+) -> None:
+    [ann] = await people(client, 1)
+    for size in (900, 1000):
+        file = await ann.upload(b"x" * size)
+        assert (await ann.try_upload(b"x" * 200)).json()["code"] == "quota_exceeded"
+        assert (await ann.delete_file(file)).status_code == 204
+        assert await status(ann, file) == 404
+        assert (await ann.delete_file(file)).status_code == 404
+    await ann.upload(b"x" * 200)
+    await services.files.collect()
+    assert (len(on_disk(settings)), await stored(services, File.id)) == (1, 1)
+
+
+async def test_a_file_is_deleted_only_when_no_message_holds_it_any_more_wherever_it_stands(
+    client: httpx.AsyncClient,
+) -> None:
+    ann, bo, cy = await people(client, 3)
+    group = await bo.group(ann, cy)
+    file = await ann.upload(b"data")
+    first, second = [await ann.send_files(group, "file", file) for _ in range(2)]
+    await ann.delete(first)
+    await bo.remove(group, ann)  # she cannot delete the other any more, and it stands
+    refused = await ann.delete_file(file)
+    assert (refused.status_code, refused.json()["code"]) == (409, "file_in_use")
+    foreign, missing = await cy.delete_file(file), await cy.delete_file({"file_id": 999_999})
+    assert (foreign.status_code, foreign.content) == (missing.status_code, missing.content)
+    assert await status(cy, file) == 200
+    await bo.delete(second)
+    assert (await ann.delete_file(file)).status_code == 204
+    assert await status(ann, file) == 404
+
+
+async def test_a_picture_of_a_person_is_no_file_to_delete(client: httpx.AsyncClient) -> None:
+    [ann] = await people(client, 1)
+    url = (await ann.try_upload(image(), "a.png", path="/users/me/avatar")).json()["avatar_url"]
+    file_id = int(url.rpartition("/")[2].partition("-")[0])
+    assert (await ann.delete_file({"file_id": file_id})).status_code == 404
+    assert (await client.get(url)).status_code == 200
+
+
+async def test_of_a_deletion_and_a_send_at_the_same_moment_one_is_refused(
+    client: httpx.AsyncClient, services: Services
+) -> None:
+    ann, bo = await people(client, 2)
+    chat_id = await ann.personal(bo)
+    for _ in range(10):
+        file = await ann.upload(b"data")
+        body = {"message_type": "file", "attachments": [file["file_id"]]}
+        send = ann.request("POST", f"/chats/{chat_id}/messages", body)
+        deleted, sent, _ = await asyncio.gather(ann.delete_file(file), send, services.files.collect())
+        assert (deleted.status_code, sent.status_code, await status(bo, file)) in ((204, 404, 404), (409, 201, 200))
+
+
 # --- storage in trouble -----------------------------------------------------------------------------------------
 
 

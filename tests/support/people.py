@@ -103,6 +103,10 @@ class Person:
         path = f"/api/v1/files/{file_id}{suffix}"
         return await self.client.get(path, headers={**self.account.headers, **headers})
 
+    async def delete_file(self, file: Json) -> httpx.Response:
+        """Try to give a file up."""
+        return await self.request("DELETE", f"/files/{file['file_id']}")
+
     async def send_files(self, chat_id: int, message_type: str, *files: Json, **fields: Any) -> Json:
         """Send a message with files; the message."""
         body = {"message_type": message_type, "attachments": [file["file_id"] for file in files], **fields}

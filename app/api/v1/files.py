@@ -1,4 +1,5 @@
-"""Files: bytes for those who may see them, in ranges. Uploading is in messages.py, as the brief has it."""
+"""Files: bytes for those who may see them, in ranges; an owner gives theirs up. Uploading is in messages.py, as the
+brief has it."""
 
 from __future__ import annotations
 
@@ -102,6 +103,21 @@ async def fetch_thumbnail(
     """A smaller copy of an image, in WebP, 320 pixels along its longer edge. 404 `file_not_found`."""
     content = await services.files.find(caller.user_id, file_id, thumbnail=True)
     return await _respond(services, content, conditions)
+
+
+@router.delete(
+    "/{file_id:int}",
+    summary="Delete a file",
+    status_code=204,
+    responses=problems("file_in_use"),
+)
+async def delete_file(services: ServicesDep, caller: CallerDep, file_id: FileId) -> None:
+    """Give up a file of one's own that no message holds, or none any more: its room is free at once.
+
+    404 `file_not_found`, also for the file of somebody else. 409 `file_in_use` while a message holds it, in whatever
+    chat: deleting that message for everybody takes the file out of it.
+    """
+    await services.files.delete(caller.user_id, file_id)
 
 
 async def _respond(services: ServicesDep, content: Content, conditions: Conditions) -> Response:

@@ -93,6 +93,16 @@ async def find_visible(session: AsyncSession, file_id: int, user_id: int) -> Sto
     return StoredFile(*row) if row else None
 
 
+async def lock_own(session: AsyncSession, file_id: int, owner_id: int) -> bool:
+    """Lock a file that the owner can use; False when there is no such."""
+    result = await session.execute(
+        select(FILE.c.id)
+        .where(FILE.c.id == file_id, FILE.c.owner_id == owner_id, FILE.c.ready.is_(True), FILE.c.kind != AVATAR)
+        .with_for_update()
+    )
+    return result.one_or_none() is not None
+
+
 async def lock_collectable(session: AsyncSession, now: datetime, limit: int) -> list[StoredFile]:
     """Lock files whose time has come, the oldest first; those that somebody is attaching are left out."""
     result = await session.execute(
@@ -122,8 +132,8 @@ async def expire_files(session: AsyncSession, file_ids: Sequence[int], at: datet
 
 
 async def hide_files(session: AsyncSession, file_ids: Sequence[int], *, again_at: datetime) -> None:
-    """Nobody can use these any more; their bytes are deleted next, and should that fail, once more at `again_at`."""
-    await session.execute(update(FILE).where(FILE.c.id.in_(file_ids)).values(ready=False, collect_at=again_at))
+    """Nobody can use these any more, and they count for nobody; their bytes are deleted at `again_at`, or before."""
+    await session.execute(update(FILE).where(FILE.c.id.in_(file_ids)).values(ready=False, size=0, collect_at=again_at))
 
 
 async def delete_files(session: AsyncSession, file_ids: Sequence[int]) -> None:
