@@ -357,11 +357,20 @@ class Attachment(Base):
     """A file in a message: who may see the message may fetch the file."""
 
     __tablename__ = "attachments"
-    __table_args__ = (OPTIONS,)
+    __table_args__ = (Index("ix_attachments_chat_id", "chat_id"), OPTIONS)
 
     file_id: Mapped[int] = mapped_column(ID, primary_key=True, autoincrement=False)
     chat_id: Mapped[int] = mapped_column(ID, primary_key=True, autoincrement=False)
     seq: Mapped[int] = mapped_column(ID, primary_key=True, autoincrement=False)
+
+
+class EmptyChat(Base):
+    """A chat that everybody has left, until its messages have let go of their files. Nobody can come back to it."""
+
+    __tablename__ = "empty_chats"
+    __table_args__ = (OPTIONS,)
+
+    chat_id: Mapped[int] = mapped_column(ID, primary_key=True, autoincrement=False)
 
 
 class ChatSettings(Base):

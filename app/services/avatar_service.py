@@ -56,10 +56,10 @@ class AvatarService:
     async def replace(self, uow: UnitOfWork, before: str | None, after: str | None) -> None:
         """In the transaction that shows `after` instead of `before`: keep the one, let go of the other."""
         if after is not None:
-            await repository.keep_files(uow.session, [_file_id(after)])
+            await repository.keep_files(uow.session, [repository.avatar_file_id(after)])
         if before is not None:
             now = self._clock.now().replace(tzinfo=None)
-            await repository.expire_files(uow.session, [_file_id(before)], now)
+            await repository.expire_files(uow.session, [repository.avatar_file_id(before)], now)
 
     async def load(self, name: str, *, small: bool) -> bytes:
         """A picture in WebP, 640 or 160 pixels square. Raises NotFound (`file_not_found`)."""
@@ -69,7 +69,3 @@ class AvatarService:
             return await self._storage.load(key)
         except FileNotFoundError:
             raise file_not_found() from None
-
-
-def _file_id(name: str) -> int:
-    return int(name.partition("-")[0])

@@ -2,7 +2,8 @@
 
 An upload is written to a file of its own in `incoming`, looked at there, recorded in the database as not ready, handed
 to the storage, and then marked ready. A crash at any point leaves nothing that anybody can see; what it leaves on the
-disk is collected, as is every file that no message holds after a day.
+disk is collected, as is every file that no message holds after a day. Messages of a chat that everybody has left
+hold nothing.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from app.core.errors import (
 from app.core.ids import IdAllocator
 from app.core.tasks import supervise
 from app.db.database import Database
+from app.db.repositories import chat_log
 from app.db.repositories import files as repository
 from app.db.repositories.files import StoredFile
 from app.db.schemas import FileKind, UploadedFile
@@ -371,6 +373,7 @@ class FileService:
     async def collect(self) -> bool:
         """Delete files that no message holds and whose time has come; True when there may be more."""
         now = self._clock.now().replace(tzinfo=None)
+        more = await self._let_go(now)
         async with self._database.writing() as session:
             due = await repository.lock_collectable(session, now, COLLECT_PAGE)
             # Asked under the lock: who attaches a file locks it first.
@@ -382,7 +385,19 @@ class FileService:
                 await repository.hide_files(session, [file.id for file in gone], again_at=now + COLLECT_AGAIN)
         if gone:
             await self._delete(gone)
-        return len(due) == COLLECT_PAGE
+        return more or len(due) == COLLECT_PAGE
+
+    async def _let_go(self, now: datetime) -> bool:
+        """Take a page of files out of the messages of a chat that everybody has left; True when there may be more."""
+        async with self._database.writing() as session:
+            chat_id = await repository.lock_empty_chat(session)
+            if chat_id is None:
+                return False
+            if held := await repository.list_attachments(session, chat_id, COLLECT_PAGE):
+                await chat_log.detach_files(session, held, now)
+            else:
+                await repository.forget_empty_chat(session, chat_id, now)
+        return True
 
     async def _delete(self, files: Sequence[StoredFile]) -> None:
         """Delete the bytes of hidden files, and forget those whose bytes went; the others come again."""

@@ -19,7 +19,8 @@ from sqlalchemy.orm import InstrumentedAttribute
 from app.api.v1.files import byte_range
 from app.core.config import Settings
 from app.core.errors import TooManyRequests
-from app.db.models import File
+from app.db.models import Attachment, EmptyChat, File
+from app.services import file_service
 from app.services.container import Services
 from app.services.file_service import detect
 from tests.support.images import animation, image, photo_with_place
@@ -321,6 +322,55 @@ async def test_a_file_that_cannot_be_deleted_keeps_no_other_from_going_and_is_tr
     later(services, hours=25.2)
     await services.files.collect()
     assert await stored(services, File.id) == 0
+
+
+async def test_files_of_a_chat_that_everybody_left_are_collected_unless_another_chat_holds_them(
+    client: httpx.AsyncClient, services: Services, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(file_service, "COLLECT_PAGE", 2)
+    ann, bo = await people(client, 2)
+    group, personal = await ann.group(bo), await ann.personal(bo)
+    assert (await ann.try_upload(image(), "a.png", path=f"/chats/{group}/avatar")).is_success
+    files = [await ann.upload(bytes([number]) * 100) for number in range(5)]
+    for file in files[:4]:
+        await ann.send_files(group, "file", file)
+    await ann.send_files(group, "file", files[0])
+    kept = await bo.upload(b"of bo")
+    await bo.send_files(group, "file", kept)
+    await bo.send_files(personal, "file", kept)
+    await ann.send_files(personal, "file", files[4])
+    await bo.leave(group)
+    while await services.files.collect():
+        pass
+    assert await stored(services, Attachment.seq) == 8  # somebody is in it still
+    await ann.leave(group)
+    for left in (6, 4, 2):  # a page at a time
+        assert await services.files.collect()
+        assert await stored(services, Attachment.seq) == left
+    while await services.files.collect():
+        pass
+    assert [await status(ann, file) for file in files] == [404, 404, 404, 404, 200]
+    assert [await status(one, kept) for one in (ann, bo)] == [200, 200]
+    assert (await stored(services, Attachment.seq), await stored(services, EmptyChat.chat_id)) == (2, 0)
+    assert len(on_disk(settings)) == 2  # the group's picture has gone, too
+
+
+async def test_a_file_sent_to_another_chat_as_its_own_is_left_is_there_or_was_refused(
+    client: httpx.AsyncClient, services: Services
+) -> None:
+    ann, bo = await people(client, 2)
+    personal = await ann.personal(bo)
+    for _ in range(10):
+        group, file = await ann.group(), await ann.upload(b"data")
+        await ann.send_files(group, "file", file)
+        body = {"message_type": "file", "attachments": [file["file_id"]]}
+        send = ann.request("POST", f"/chats/{personal}/messages", body)
+        collect = services.files.collect
+        _, _, answer, _, _ = await asyncio.gather(ann.leave(group), collect(), send, collect(), collect())
+        while await collect():
+            pass
+        assert (answer.status_code, await status(bo, file)) in ((201, 200), (404, 404))
+    assert await stored(services, EmptyChat.chat_id) == 0
 
 
 # --- deleting ---------------------------------------------------------------------------------------------------

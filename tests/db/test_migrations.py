@@ -188,6 +188,28 @@ def test_push_starts_at_the_end_of_chats_that_are_there_already(settings: Settin
         connection.execute(text("DELETE FROM chats"))
 
 
+def test_chats_that_everybody_had_left_before_let_go_of_their_files_too(settings: Settings, engine: Engine) -> None:
+    migrate(settings, "base")
+    migrate(settings, "0042")
+    with engine.begin() as connection:
+        for chat_id, members in ((1, 2), (2, 0), (3, 0), (4, 1)):
+            connection.execute(
+                text(
+                    "INSERT INTO chats (id, type, title, description, history_visible, created_by, created_at,"
+                    " last_seq, version, members_version, info_version, member_count, last_activity_at, changed_at)"
+                    f" VALUES ({chat_id}, 'group', '', '', 1, 1, '2026-01-01 00:00:00', 7, 8, 1, 1, {members},"
+                    " '2026-01-01 00:00:00', '2026-01-01 00:00:00')"
+                )
+            )
+        connection.execute(text("INSERT INTO empty_chats (chat_id) VALUES (3)"))
+    migrate(settings)
+    with engine.begin() as connection:
+        named = connection.execute(text("SELECT chat_id FROM empty_chats ORDER BY chat_id")).scalars().all()
+        assert named == [2, 3]
+        connection.execute(text("DELETE FROM chats"))
+        connection.execute(text("DELETE FROM empty_chats"))
+
+
 def test_usernames_compare_without_case_and_phones_exactly(engine: Engine) -> None:
     with engine.connect() as connection:
         connection.execute(

@@ -459,6 +459,11 @@ async def detach_files(executor: Executor, rows: Sequence[tuple[int, int, int]],
     await _execute(executor, Statement(sql))
 
 
+async def note_empty_chats(executor: Executor, chat_ids: Sequence[int]) -> None:
+    """The last members of these have left: the collector takes the files out of their messages, a page at a time."""
+    await _insert(executor, "empty_chats", ["chat_id"], [(chat_id,) for chat_id in chat_ids])
+
+
 async def update_chats(executor: Executor, rows: Sequence[ChatUpdate]) -> None:
     """Store counters of locked chats, and stamp `changed_at` with the database's clock.
 

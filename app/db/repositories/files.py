@@ -9,12 +9,14 @@ from typing import NamedTuple, cast
 from sqlalchemy import Table, and_, delete, exists, func, insert, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from app.db.models import Attachment, ChatMember, File, User
+from app.db.models import Attachment, Chat, ChatMember, EmptyChat, File, User
 
 FILE = cast(Table, File.__table__)
 ATTACHMENT = cast(Table, Attachment.__table__)
 MEMBER = cast(Table, ChatMember.__table__)
 USER = cast(Table, User.__table__)
+CHAT = cast(Table, Chat.__table__)
+EMPTY_CHAT = cast(Table, EmptyChat.__table__)
 
 
 class StoredFile(NamedTuple):
@@ -40,6 +42,11 @@ THUMBNAIL_EDGE = 320
 def avatar_key(secret: str) -> str:
     """Where a picture is kept; behind it comes `.<edge>`."""
     return f"avatars/{secret[:2]}/{secret}"
+
+
+def avatar_file_id(name: str) -> int:
+    """The row behind a picture, by the name that people and chats have of it: `<file_id>-<secret>`."""
+    return int(name.partition("-")[0])
 
 
 def stored_keys(file: StoredFile) -> list[str]:
@@ -101,6 +108,29 @@ async def lock_own(session: AsyncSession, file_id: int, owner_id: int) -> bool:
         .with_for_update()
     )
     return result.one_or_none() is not None
+
+
+async def lock_empty_chat(session: AsyncSession) -> int | None:
+    """Lock a chat that everybody has left and whose files have not all been let go of; None when there is none."""
+    result = await session.execute(
+        select(EMPTY_CHAT.c.chat_id).order_by(EMPTY_CHAT.c.chat_id).limit(1).with_for_update(skip_locked=True)
+    )
+    return result.scalar_one_or_none()
+
+
+async def list_attachments(session: AsyncSession, chat_id: int, limit: int) -> list[tuple[int, int, int]]:
+    """(file_id, chat_id, seq) of files in the messages of a chat, `limit` at most."""
+    columns = (ATTACHMENT.c.file_id, ATTACHMENT.c.chat_id, ATTACHMENT.c.seq)
+    result = await session.execute(select(*columns).where(ATTACHMENT.c.chat_id == chat_id).limit(limit))
+    return [(row[0], row[1], row[2]) for row in result]
+
+
+async def forget_empty_chat(session: AsyncSession, chat_id: int, now: datetime) -> None:
+    """No message of this chat holds a file any more; its picture may be collected, too."""
+    avatar = (await session.execute(select(CHAT.c.avatar).where(CHAT.c.id == chat_id))).scalar_one_or_none()
+    if avatar is not None:
+        await expire_files(session, [avatar_file_id(avatar)], now)
+    await session.execute(delete(EMPTY_CHAT).where(EMPTY_CHAT.c.chat_id == chat_id))
 
 
 async def lock_collectable(session: AsyncSession, now: datetime, limit: int) -> list[StoredFile]:

@@ -709,6 +709,8 @@ class _Batch:
             await repository.update_messages(executor, list(self.rewritten.values()))
         if changed:
             await repository.update_chats(executor, [draft.updated for draft in changed])
+        if empty := [draft.row.id for draft in changed if draft.left and not draft.updated.member_count]:
+            await repository.note_empty_chats(executor, empty)
         for draft in changed:
             if draft.updated.info_version != draft.info_version_before:
                 await repository.update_chat_info(
