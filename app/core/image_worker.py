@@ -21,7 +21,7 @@ MEDIA_TYPES = {"JPEG": "image/jpeg", "PNG": "image/png", "WEBP": "image/webp", "
 REFUSED = 3
 """Exit status: the image is to blame, and the text on standard output says why."""
 STORAGE_FAILED = 4
-"""Exit status: the files could not be read or written."""
+"""Exit status: the files could not be read or written, and the text on standard output says why."""
 OF_THE_IMAGE = (None, errno.EINVAL, errno.ENOMEM)
 """Numbers of OSErrors for which an image is to blame: Pillow's own have none, a broken file sends its reader to before
 the start, and a large one meets the bound on memory."""
@@ -251,7 +251,8 @@ def main() -> int:
         code, detail = refused.args
         sys.stdout.write(json.dumps({"code": code, "detail": detail}))
         return REFUSED
-    except OSError:
+    except OSError as error:
+        sys.stdout.write(error.strerror or str(error))
         return STORAGE_FAILED
     sys.stdout.write(json.dumps(found))
     return 0

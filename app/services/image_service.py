@@ -17,7 +17,7 @@ from app.core.errors import BadInput, Unavailable
 from app.core.fair_line import FairLine
 from app.core.image_worker import REFUSED, STORAGE_FAILED, Decoded, Job
 from app.db.repositories.files import THUMBNAIL_EDGE
-from app.services.storage import storage_full
+from app.services.storage import storage_failed
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ class ImageService:
         if status == 0:
             return Decoded(**json.loads(output))
         if status == STORAGE_FAILED:
-            raise storage_full()
+            raise storage_failed("put", Path(job.target).name, OSError(output.decode()))
         if status in NO_WORD_ON_THE_IMAGE:
             raise _failed(f"the worker ended with {status}")
         if status == REFUSED:
