@@ -75,6 +75,12 @@ class Settings(BaseSettings):
     redis_url: SecretStr | None = Field(
         None, description="Joins several workers into one server: redis://[:password@]host:port/db. Needs MySQL."
     )
+    redis_pool_size: int = Field(
+        20,
+        ge=1,
+        le=1000,
+        description="Connections of a worker to Redis for limits and tickets; one request more waits up to 1 s.",
+    )
     workers: int = Field(
         1, ge=1, le=MAX_WORKERS, description="Processes of `python -m app`; several need REDIS_URL and MySQL."
     )

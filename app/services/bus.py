@@ -16,10 +16,12 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import orjson
-from redis.asyncio import Redis
+from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio.connection import AbstractConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import AuthenticationError, RedisError, ResponseError
+from redis.exceptions import AuthenticationError, MaxConnectionsError, RedisError, ResponseError
+from redis.exceptions import ConnectionError as RedisConnectionError
 
 from app.core import metrics
 from app.core.clock import Clock
@@ -58,15 +60,39 @@ class _Peer:
     """The number of its last message to this worker."""
 
 
+class _PatientPool(BlockingConnectionPool):
+    """Whoever finds no free connection waits for one. Raises MaxConnectionsError to who waited in vain: the library's
+    own error is the one of a Redis that is away."""
+
+    async def get_connection(self, *_: Any, **__: Any) -> AbstractConnection:
+        try:
+            return cast(AbstractConnection, await super().get_connection())  # type: ignore[no-untyped-call]
+        except RedisConnectionError as error:
+            if isinstance(error.__cause__, TimeoutError):
+                raise MaxConnectionsError(str(error)) from error
+            raise
+
+
 def redis_client(url: str) -> Redis:
     """A client of Redis that fails quickly, and leaves trying again to its caller. Raises ValueError for no URL."""
-    return Redis.from_url(
-        url,
-        socket_timeout=CALL_SECONDS,
-        socket_connect_timeout=CALL_SECONDS,
-        retry=Retry(NoBackoff(), 0),
-        health_check_interval=0,
+    return Redis.from_url(url, **_impatient())
+
+
+def patient_redis_client(url: str, connections: int) -> Redis:
+    """The same for many callers at once, who share so many connections: they wait CALL_SECONDS for one, then get
+    MaxConnectionsError. Raises ValueError for no URL."""
+    return Redis.from_pool(
+        _PatientPool.from_url(url, max_connections=connections, timeout=CALL_SECONDS, **_impatient())
     )
+
+
+def _impatient() -> dict[str, Any]:
+    return {
+        "socket_timeout": CALL_SECONDS,
+        "socket_connect_timeout": CALL_SECONDS,
+        "retry": Retry(NoBackoff(), 0),
+        "health_check_interval": 0,
+    }
 
 
 async def check_redis(redis: Redis) -> None:

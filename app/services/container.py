@@ -8,6 +8,8 @@ import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 
+from redis.asyncio import Redis
+
 from app.core.bloom_filter import UsernameFilter
 from app.core.clock import Clock, SystemClock
 from app.core.config import Settings
@@ -23,7 +25,7 @@ from app.services.admission import Admission
 from app.services.auth_service import AuthService
 from app.services.avatar_service import AvatarService
 from app.services.block_service import BlockService
-from app.services.bus import Bus, redis_client
+from app.services.bus import Bus, patient_redis_client, redis_client
 from app.services.chat_log.append import Appender
 from app.services.chat_log.catch_up import CatchUpService
 from app.services.chat_log.changes import Appended, Remote
@@ -78,6 +80,8 @@ class Services:
     rate_limiter: RateLimiter
     online: Online
     cluster: Cluster
+    redis: Redis | None
+    """Where limits and tickets stand; the bus has a client of its own."""
     auth: AuthService
     users: UserService
     user_settings: UserSettingsService
@@ -148,6 +152,8 @@ class Services:
         await self.fanout.stop()
         await self.auth.close()
         await self.cluster.stop()
+        if self.redis is not None:
+            await self.redis.aclose()
         self.hasher.close()
         await self.database.close()
 
@@ -199,8 +205,11 @@ def build_services(settings: Settings, clock: Clock | None = None) -> Services:
     appender = Appender(rosters, clock, receipts_members_max=settings.receipts_members_max)
     connections = ConnectionManager(settings=settings, clock=clock, database=database, admission=admission)
     online = Online(connections, clock, lately_seconds=dead_socket_seconds(settings))
-    redis = redis_client(settings.redis_url.get_secret_value()) if settings.redis_url is not None else None
-    bus = Bus(redis, clock) if redis is not None else None
+    redis, bus = None, None
+    if settings.redis_url is not None:
+        url = settings.redis_url.get_secret_value()
+        # Each a client of its own: the bus must not wait behind a burst of logins.
+        redis, bus = patient_redis_client(url, settings.redis_pool_size), Bus(redis_client(url), clock)
     cluster = Cluster(clock=clock, connections=connections, online=online, bus=bus)
     fanout = FanoutMarks(clock=clock, database=database, worker=cluster.worker_id)
     sequencer = Sequencer(
@@ -262,6 +271,7 @@ def build_services(settings: Settings, clock: Clock | None = None) -> Services:
         rate_limiter=rate_limiter,
         online=online,
         cluster=cluster,
+        redis=redis,
         auth=AuthService(
             settings=settings,
             clock=clock,

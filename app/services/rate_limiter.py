@@ -15,6 +15,7 @@ from limits import RateLimitItem, parse
 from limits.aio.storage import MovingWindowSupport, RedisStorage, Storage
 from limits.aio.strategies import MovingWindowRateLimiter, SlidingWindowCounterRateLimiter
 from redis.asyncio import Redis
+from redis.exceptions import MaxConnectionsError
 
 from app.core import metrics
 from app.core.clock import Clock, SystemClock
@@ -160,7 +161,7 @@ class RateLimiter:
     async def _hit_shared(
         self, shared: SlidingWindowCounterRateLimiter, rule: RateLimitItem, parts: tuple[str, ...]
     ) -> float | None:
-        """Count in Redis: the seconds to wait, 0 when the limit is not reached, None when Redis is away."""
+        """Count in Redis: the seconds to wait, 0 when the limit is not reached, None when Redis cannot be asked."""
         if self._clock.monotonic() < self._redis_again_at:
             return None
         try:
@@ -174,7 +175,8 @@ class RateLimiter:
 
     def _note_away(self, error: Exception) -> None:
         log.warning("limits_without_redis", extra={"error": type(error).__name__})
-        self._redis_again_at = self._clock.monotonic() + REDIS_PAUSE_SECONDS
+        if not isinstance(error, MaxConnectionsError):  # it is well; too many asked at once
+            self._redis_again_at = self._clock.monotonic() + REDIS_PAUSE_SECONDS
 
     async def clear(self, name: str, *key: str | int) -> None:
         """Forget what was counted.
