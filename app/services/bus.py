@@ -55,9 +55,9 @@ class _Peer:
 
     heard_at: float
     everybody: int = 0
-    """The number of its last message to everybody."""
+    """The number of its last message to everybody; 0 before the first that was heard."""
     own: int = 0
-    """The number of its last message to this worker."""
+    """The number of its last message to this worker; 0 before the first that was heard."""
 
 
 class _PatientPool(BlockingConnectionPool):
@@ -118,7 +118,8 @@ class Bus:
         self.on_peer: Callable[[str, bool], None]
         """Called with another worker, and whether it came or went."""
         self.on_lost: Callable[[], None]
-        """Called when messages were lost: what was learned from the bus may be outdated."""
+        """Called when messages were lost, or may have been: what was learned from the bus may be outdated. Often, when
+        many workers come and go."""
         self.beat: Callable[[], Item]
         """What to say of oneself every second."""
         self._redis = redis
@@ -126,6 +127,8 @@ class Bus:
         self._prefix = ""
         self._outboxes: dict[str, list[Item]] = {}
         self._waiting = 0
+        self._flushing = asyncio.Lock()
+        self._leaving = False
         self._numbers: dict[str, int] = {}
         self._peers: dict[str, _Peer] = {}
         self._wake = asyncio.Event()
@@ -158,22 +161,25 @@ class Bus:
         ]
 
     async def stop(self) -> None:
-        """Say goodbye, as far as Redis is there, and end."""
+        """Say what is left to say and goodbye, as far as Redis is there, and end."""
+        if self._tasks:
+            self._outboxes.setdefault(EVERYBODY, []).append({"kind": "bye"})
+            self._leaving = True  # nobody hears what is said after it
+            with contextlib.suppress(*BUS_ERRORS):
+                async with asyncio.timeout(2 * CALL_SECONDS):
+                    await self._flush()  # after the one under way, which a cancelled task would lose
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        if self._tasks:
-            self._tasks = []
-            self._outboxes = {EVERYBODY: [{"kind": "bye"}]}
-            with contextlib.suppress(*BUS_ERRORS):
-                await self._flush()
+        self._tasks = []
         with contextlib.suppress(*BUS_ERRORS):
             await self._redis.aclose()
 
     def post(self, item: Item, to: str = EVERYBODY) -> None:
         """Tell another worker, or everybody, something. Never waits and never fails; it may be lost."""
-        if self._waiting >= OUTBOX_ITEMS_MAX:
+        if self._leaving or self._waiting >= OUTBOX_ITEMS_MAX:
             metrics.bus_dropped.inc()
+            self._numbers[to] = self._numbers.get(to, 0) + 1  # by the hole they know that they missed something
             return
         self._waiting += 1
         self._outboxes.setdefault(to, []).append(item)
@@ -192,10 +198,13 @@ class Bus:
                 await asyncio.sleep(0.1)
 
     async def _flush(self) -> None:
-        """Send what has gathered in one round trip. Raises what Redis raises; then it is lost."""
-        outboxes, self._outboxes, self._waiting = self._outboxes, {}, 0
-        if not outboxes:
-            return
+        """Send what has gathered in one round trip, one after the other. Raises what Redis raises; then it is lost."""
+        async with self._flushing:
+            outboxes, self._outboxes, self._waiting = self._outboxes, {}, 0
+            if outboxes:
+                await self._publish(outboxes)
+
+    async def _publish(self, outboxes: dict[str, list[Item]]) -> None:
         # Everybody's last: a heartbeat says how much was sent to each before it.
         everybody = outboxes.pop(EVERYBODY, None)
         pipeline = self._redis.pipeline(transaction=False)
@@ -234,9 +243,11 @@ class Bus:
         else:
             self._note_down(None)
             patience = BLIND_SECONDS
-        for worker, peer in list(self._peers.items()):
-            if now - peer.heard_at > patience:
-                self._forget(worker)
+        silent = [worker for worker, peer in self._peers.items() if now - peer.heard_at > patience]
+        for worker in silent:
+            self._forget(worker)
+        if silent:
+            self.on_lost()  # it may have died between a commit and the word of it
 
     def _note_down(self, error: BaseException | None) -> None:
         if self._down_at is None:
@@ -291,32 +302,35 @@ class Bus:
         except Exception:
             # Another version's words, or a stranger's: the database has what they were about.
             log.exception("bus_message_not_understood")
+            self.on_lost()
 
     def _count(self, sender: str, to: str, number: int) -> None:
         peer = self._peers.get(sender)
         if peer is None:
             peer = self._peers[sender] = _Peer(self._clock.monotonic())
-            # What it said before was not for us to hear.
-            peer.everybody, peer.own = (number - 1, 0) if to == EVERYBODY else (0, number - 1)
             log.info("worker_joined", extra={"worker": sender})
             self.on_peer(sender, True)
         peer.heard_at = self._clock.monotonic()
         if to == EVERYBODY:
-            before, peer.everybody = peer.everybody or number - 1, number
+            before, peer.everybody = peer.everybody, number
         else:
             before, peer.own = peer.own, number
-        self._lost(number - 1 - before)
+        self._miss(before, number - 1)
 
     def _compare(self, sender: str, sent: int) -> None:
         """The last message to this worker may be lost, too: the next heartbeat tells."""
         peer = self._peers[sender]
         if sent > peer.own:
-            lost, peer.own = sent - peer.own, sent
-            self._lost(lost)
+            before, peer.own = peer.own, sent
+            self._miss(before, sent)
 
-    def _lost(self, messages: int) -> None:
-        if messages > 0:
-            metrics.bus_lost.inc(messages)
+    def _miss(self, before: int, last: int) -> None:
+        """What came last was number `before`, and what should have is number `last`."""
+        if last > before:
+            # Of who is heard for the first time nobody knows how much was said to whom: a worker that was taken for
+            # dead comes back like that, too.
+            if before:
+                metrics.bus_lost.inc(last - before)
             self.on_lost()
 
     def _forget(self, worker: str) -> None:
