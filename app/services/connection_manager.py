@@ -37,6 +37,8 @@ DIGEST_PRIME = 65521
 DIGEST_MODULUS = 2147483647
 CATCH_UP_FLUSH_BYTES = 64 * 1024
 HELD_FRAMES_MAX = 1000
+CHECKED_AT_ONCE = 1000
+"""Connections whose sessions are asked for together."""
 LOADED_AT_ONCE = 64
 """Users whose chats are read together: with hundreds of chats each they still take the loop only for moments."""
 TICK_SECONDS = 1.0
@@ -87,6 +89,7 @@ class Connection:
         "_task",
         "closing",
         "expires_at",
+        "next_check",
         "next_heartbeat",
         "ready",
         "session_id",
@@ -114,6 +117,9 @@ class Connection:
         """Whether it was said hello to. What happened before is in what it will resume."""
         self.watching: frozenset[int] = frozenset()
         self.next_heartbeat = 0.0
+        self.next_check = 0.0
+        """When the database is asked whether the session still stands. Apart from heartbeats, which wait while a
+        connection catches up: who reads slowly enough would keep a session that ended."""
         self.token_warned = False
         self._hold_all = False
         self._released: set[int] = set()
@@ -515,6 +521,7 @@ class ConnectionManager:
             self._empty.clear()
         connection = Connection(self, transport, user, session_id, expires_at)
         connection.next_heartbeat = self._clock.monotonic() + self._settings.socket_heartbeat_seconds
+        connection.next_check = connection.next_heartbeat
         user.connections.append(connection)
         while len(user.connections) > self._settings.max_sockets_per_user:
             oldest = user.connections[0]
@@ -629,6 +636,13 @@ class ConnectionManager:
                 if connection.session_id == session_id:
                     connection.close(CloseCode.UNAUTHENTICATED, "session ended")
 
+    def recheck_sessions(self) -> None:
+        """Sessions may have ended unheard: ask the database for those of all sockets with the next tick, or once it
+        answers."""
+        for user in self.users.values():
+            for connection in user.connections:
+                connection.next_check = 0.0
+
     # --- heartbeats and tokens ---
 
     def digest(self, user: OnlineUser) -> int:
@@ -641,14 +655,16 @@ class ConnectionManager:
         return total % DIGEST_MODULUS
 
     async def _tick(self) -> None:
-        """Every second: heartbeats that are due, tokens that run out."""
+        """Every second: heartbeats and checks of sessions that are due, tokens that run out."""
         while True:
             await asyncio.sleep(TICK_SECONDS)
             await self._beat()
 
     async def _beat(self) -> None:
         now, wall = self._clock.monotonic(), self._clock.now()
+        later = now + self._settings.socket_heartbeat_seconds
         due: list[Connection] = []
+        beating: list[Connection] = []
         for user in list(self.users.values()):
             for connection in list(user.connections):
                 remaining = (connection.expires_at - wall).total_seconds()
@@ -657,32 +673,45 @@ class ConnectionManager:
                 elif remaining <= TOKEN_WARNING_SECONDS and not connection.token_warned:
                     connection.token_warned = True
                     connection.send_event({"type": "token_expiring", "expires_in": int(remaining)})
-                if connection.next_heartbeat <= now and not connection.catching_up:
+                beats = connection.next_heartbeat <= now and not connection.catching_up
+                if beats:
+                    beating.append(connection)
+                if beats or connection.next_check <= now:
+                    connection.next_check = later  # before it is asked: a doubt that comes meanwhile must stand
                     due.append(connection)
-        if not due:
-            return
-        versions: dict[int, int] = {}
-        ended: set[int] = set()
-        try:
-            async with self._database.reading() as session:
-                for start in range(0, len(due), 1000):
-                    some = due[start : start + 1000]
-                    ids = sorted({connection.user_id for connection in some})
-                    versions.update(await accounts_repository.account_versions(session, ids))
-                    ended |= await sessions_repository.list_ended(session, [c.session_id for c in some])
-        except Unavailable:
-            log.info("heartbeat_without_database")  # memory still knows what was announced here
-        for connection in due:
-            if connection.session_id in ended:  # by somebody who could not tell this process
-                connection.close(CloseCode.UNAUTHENTICATED, "session ended")
-                continue
-            user = connection.user
-            user.account_version = max(user.account_version, versions.get(user.id, 0))
-            connection.next_heartbeat = now + self._settings.socket_heartbeat_seconds
+        await self._ask_database(due, now)
+        for connection in beating:
+            connection.next_heartbeat = later
             heartbeat: HeartbeatEvent = {
                 "type": "heartbeat",
-                "account_version": user.account_version,
-                "digest": self.digest(user),
+                "account_version": connection.user.account_version,
+                "digest": self.digest(connection.user),
                 "server_time": timestamp(wall),
             }
             connection.send_event(heartbeat)
+
+    async def _ask_database(self, due: Sequence[Connection], now: float) -> None:
+        """Close connections whose sessions were ended by somebody who could not tell this process, and learn how far
+        the accounts are. While the database is away memory still knows what was announced here."""
+        ended = 0
+        # In pages, each a session of its own: after a loss these are all connections.
+        for start in range(0, len(due), CHECKED_AT_ONCE):
+            some = due[start : start + CHECKED_AT_ONCE]
+            try:
+                async with self._database.reading() as session:
+                    user_ids = sorted({connection.user_id for connection in some})
+                    versions = await accounts_repository.account_versions(session, user_ids)
+                    dead = await sessions_repository.list_ended(session, [c.session_id for c in some])
+            except Unavailable:
+                log.info("heartbeat_without_database")
+                for connection in due[start:]:
+                    connection.next_check = min(connection.next_check, now)
+                break
+            for connection in some:
+                user = connection.user
+                user.account_version = max(user.account_version, versions.get(user.id, 0))
+                if connection.session_id in dead and not connection.closing:
+                    ended += 1
+                    connection.close(CloseCode.UNAUTHENTICATED, "session ended")
+        if ended:
+            log.info("ended_sessions_found", extra={"sockets": ended})

@@ -160,6 +160,7 @@ class Services:
     def make_up_for_lost_hints(self) -> None:
         """What was learned from other workers may be outdated: ask the database again."""
         self.auth.forget_sessions()
+        self.connections.recheck_sessions()
         self.rosters.clear()
         self.presence.recheck()
         self.cool_usernames()

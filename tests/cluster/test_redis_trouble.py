@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import socket
 
+import httpx
 import pytest
 from pydantic import SecretStr
 
@@ -105,3 +107,42 @@ async def test_a_block_of_which_the_bus_lost_the_word_ends_presence_once_the_los
             shown = (await there.get("/metrics")).text
             assert value(shown, "dialect_bus_messages_lost_total") >= 1
             assert value(shown, "dialect_presence_rechecks_total") >= 1
+
+
+# What heartbeats would find out must come of the loss, or not at all.
+@pytest.mark.settings(socket_heartbeat_seconds=3600, limit_messages_per_second=0)
+async def test_sessions_that_ended_while_a_worker_was_cut_off_lose_their_sockets_within_seconds_of_its_return(
+    cluster_settings: Settings, redis: RedisServer, start_server: StartServer
+) -> None:
+    async with FaultProxy("127.0.0.1", redis.port) as proxy:
+        first = start_server(cluster_settings)
+        cut_off = cluster_settings.model_copy(update={"redis_url": SecretStr(f"redis://127.0.0.1:{proxy.port}/0")})
+        # In a thread: the proxy, through which it starts, is here.
+        second = await asyncio.to_thread(start_server, cut_off)
+        for server in (first, second):
+            await asyncio.to_thread(server.wait_for_log, "worker_joined")
+        async with first.client() as here:
+            ann, bo = await people(here, 2)
+            chat_id = await ann.group(bo)
+            for _ in range(10):
+                await asyncio.gather(*(bo.say(chat_id, "\N{EURO SIGN}" * 4096) for _ in range(10)))
+            narrow = socket.socket()
+            narrow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            narrow.connect(("127.0.0.1", httpx.URL(second.url).port))
+            async with await ann.open(second, sock=narrow) as slow, await bo.open(second) as quick:
+                slow.connection.transport.pause_reading()
+                await slow.send(type="resume", ref="r", chats={str(chat_id): 1})
+                await quick.barrier()
+                proxy.refusing = True
+                proxy.reset()
+                await asyncio.to_thread(second.wait_for_log, "bus_is_down")
+                for person in (ann, bo):
+                    await person.do("POST", "/auth/logout")
+                await quick.barrier()  # nobody could tell
+                proxy.refusing = False
+                async with asyncio.timeout(5):
+                    assert await quick.wait_closed() == 4401
+                    await asyncio.to_thread(second.wait_for_log, 'ended_sessions_found.*"sockets": ?2')
+                slow.connection.transport.resume_reading()
+                assert await slow.wait_closed() == 4401
+                assert "resumed" not in {event["type"] for event in slow.seen}  # it was catching up all the time

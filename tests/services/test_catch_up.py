@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack
 from datetime import timedelta
 from typing import Any
@@ -14,12 +14,14 @@ from sqlalchemy import insert, update
 
 from app.core.clock import SystemClock
 from app.core.config import Settings
-from app.core.errors import DialectError, TooManyRequests
+from app.core.errors import DialectError, TooManyRequests, Unavailable
 from app.db.database import BulkReads
 from app.db.events import CatchUpEvent
 from app.db.models import HiddenMessage, User
 from app.db.repositories import accounts as accounts_repository
+from app.db.repositories import sessions as sessions_repository
 from app.db.schemas import ResumeIn
+from app.services import connection_manager
 from app.services.chat_log.catch_up import PAGE_HIDDEN
 from app.services.container import Services
 from app.services.token_bucket import TokenBuckets
@@ -187,6 +189,73 @@ async def test_live_events_that_came_while_a_resume_was_refused_are_sent(
     assert not connection.catching_up
     connection.deliver(1, 3, Frames.of({**event, "version": 3}))
     assert len(inbox.events) == 3
+
+
+def stop_ticking(services: Services) -> None:
+    """From now on sockets are looked after when the test says so."""
+    assert services.connections._ticker is not None
+    services.connections._ticker.cancel()
+
+
+@pytest.mark.parametrize("doubted", [False, True])
+async def test_a_session_that_ended_unheard_takes_its_socket_along_even_while_that_is_catching_up(
+    client: httpx.AsyncClient, services: Services, monkeypatch: pytest.MonkeyPatch, doubted: bool
+) -> None:
+    ann, bo = await people(client, 2)
+    clock = ManualClock()
+    monkeypatch.setattr(services.connections, "_clock", clock)
+    stop_ticking(services)
+
+    async def endless(*_: Any) -> AsyncIterator[CatchUpEvent]:
+        await asyncio.Event().wait()
+        raise AssertionError
+        yield  # type: ignore[unreachable]
+
+    services.connections.resume_events = endless
+    inboxes = Inbox(), Inbox()
+    for person, inbox in zip((ann, bo), inboxes, strict=True):
+        session_id = (await services.auth.authenticate(person.account.access_token)).session_id
+        connection = services.connections.add(inbox, person.id, session_id, clock.now() + timedelta(hours=1))
+        connection.ready = True
+        connection.resume(ResumeIn(), None, lambda error: pytest.fail(error.code))
+    services.auth.on_session_ended.clear()  # nobody tells this worker
+    await ann.do("POST", "/auth/logout")
+    if doubted:
+        services.make_up_for_lost_hints()
+    else:
+        clock.advance(services.settings.socket_heartbeat_seconds)
+    await services.connections._beat()
+    assert [inbox.close_code for inbox in inboxes] == [4401, None]
+    assert [inbox.events for inbox in inboxes] == [[], []]  # heartbeats wait
+
+
+async def test_sessions_are_doubted_in_pages_until_the_database_has_answered_for_each(
+    client: httpx.AsyncClient, services: Services, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection_manager, "CHECKED_AT_ONCE", 2)
+    stop_ticking(services)
+    read, pages = sessions_repository.list_ended, list[int]()
+
+    async def read_and_count(session: Any, session_ids: Sequence[int]) -> set[int]:
+        pages.append(len(session_ids))
+        if len(pages) == 2:
+            raise Unavailable("database_unavailable", "The database does not answer.")
+        if len(pages) == 3:  # one more loss while this is asked
+            services.connections.recheck_sessions()
+        return await read(session, session_ids)
+
+    monkeypatch.setattr(sessions_repository, "list_ended", read_and_count)
+    for session_id in range(1, 6):
+        services.connections.add(Inbox(), 1, session_id, SystemClock().now() + timedelta(hours=1))
+    services.connections.recheck_sessions()
+    await services.connections._beat()
+    assert pages == [2, 2]
+    await services.connections._beat()
+    assert pages == [2, 2, 2, 1]  # the first two stood already
+    await services.connections._beat()
+    assert pages == [2, 2, 2, 1, 2, 2, 1]
+    await services.connections._beat()
+    assert len(pages) == 7
 
 
 @pytest.mark.parametrize("begins_at", ["nothing", "beyond"])

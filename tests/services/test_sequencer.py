@@ -28,6 +28,7 @@ class Inbox:
 
     def __init__(self) -> None:
         self.events: list[Json] = []
+        self.close_code: int | None = None
         self._arrived = asyncio.Event()
 
     def send(self, frames: Frames) -> None:
@@ -39,7 +40,7 @@ class Inbox:
         return 0
 
     def close(self, code: int, reason: str = "") -> None:
-        pass
+        self.close_code = code
 
     def pause_reading(self) -> None:
         pass
