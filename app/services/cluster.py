@@ -1,9 +1,9 @@
 """Makes several workers one server: tells the others what happened here, and does here what they tell.
 
 Each worker runs the whole server; what another has to know crosses the bus (bus.py) as items, once per worker on which
-anybody is online whom it concerns. The bus may lose any of them. Chats are healed by the sweep; what was cached from
-the bus is asked of the database again when it has lost something. Without Redis there are no others, and nothing here
-does anything.
+anybody is online whom it concerns, or to everybody where it outdates what any of them may remember. The bus may lose
+any of them. Chats are healed by the sweep; what was cached from the bus is asked of the database again when it has lost
+something. Without Redis there are no others, and nothing here does anything.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class AnnounceItem(TypedDict):
 
 
 class RosterItem(TypedDict):
-    """A block moved in a personal chat: an older roster is not to be believed."""
+    """Who is in a chat, or a block in it, changed: an older roster is not to be believed."""
 
     kind: Literal["roster"]
     chat_id: int
@@ -200,7 +200,13 @@ class Cluster:
 
     def announce(self, appended: Appended) -> None:
         """Tell the others what was committed here."""
-        if self.bus is None or not self.bus.peers:
+        if self.bus is None:
+            return
+        for roster in appended.moved_rosters:
+            # To everybody, heard or not: who has been in the chat may come back to any worker that still knows its
+            # roster, and a word that is lost on the way leaves a hole in the numbers of what everybody is told.
+            self._post({"kind": "roster", "chat_id": roster.chat_id, "members_version": roster.members_version})
+        if not self.bus.peers:
             return
         for user_id, event in appended.account_events:
             for worker in self._online.workers_with({user_id}):
@@ -223,14 +229,6 @@ class Cluster:
             }
             for worker in workers:
                 self._post(item, worker)
-        for roster in appended.unannounced:
-            item_of_roster: RosterItem = {
-                "kind": "roster",
-                "chat_id": roster.chat_id,
-                "members_version": roster.members_version,
-            }
-            for worker in self._online.workers_with(roster.members.keys()):
-                self._post(item_of_roster, worker)
         if self._pusher is not None:
             self._hint_pusher(self._pusher, appended)
 

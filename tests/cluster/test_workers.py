@@ -141,6 +141,37 @@ async def test_presence_and_typing_cross_the_bus_and_a_block_ends_both(
         assert not [event for event in ann.inbox if event["type"] in ("typing", "presence")]
 
 
+@pytest.mark.parametrize("how", ["blocked", "removed"])
+async def test_who_was_shut_out_while_the_chat_was_offline_on_a_worker_types_to_nobody_there_afterwards(
+    scene: Scene, servers: tuple[Server, Server], how: str
+) -> None:
+    first, second = servers
+    ann, bo = scene.ann, scene.bo
+    async with first.client() as here:
+        witness = Person(here, await register(here))
+        chat_id = await ann.personal(bo) if how == "blocked" else await ann.group(bo, witness)
+        async with await ann.open(second) as anns, await bo.open(second) as bos:
+            await bos.send(type="typing", chat_id=chat_id, active=False)  # that worker knows who is in the chat now
+            await anns.wait(type="typing", chat_id=chat_id)
+            await until_seen(ann, bo, servers)
+        async with asyncio.timeout(10):
+            while (await ann.do("GET", f"/users/{bo.id}"))["online"]:
+                pass
+        await (ann.block(bo) if how == "blocked" else ann.remove(chat_id, bo))
+        # What one worker tells the other comes in order: behind the block comes somebody who is online.
+        await witness.personal(bo)
+        async with await witness.open(first), await ann.open(second) as anns, await bo.open(second) as bos:
+            async with asyncio.timeout(10):
+                while not (await bo.do("GET", f"/users/{witness.id}"))["online"]:
+                    pass
+            await bos.send(type="typing", chat_id=chat_id, active=True, ref="shut out")
+            if how == "removed":
+                assert (await bos.wait(type="error", ref="shut out"))["code"] == "chat_not_found"
+            await bos.barrier()
+            await anns.barrier()
+            assert not [event for event in anns.inbox if event["type"] == "typing"]
+
+
 async def test_a_ticket_of_one_worker_opens_one_socket_on_the_other(
     scene: Scene, servers: tuple[Server, Server]
 ) -> None:

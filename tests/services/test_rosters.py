@@ -9,6 +9,7 @@ import httpx
 import pytest
 
 from app.db.repositories.chat_log import ChatRow, Executor
+from app.services.bus import EVERYBODY, Bus, redis_client
 from app.services.chat_log import roster as rosters_module
 from app.services.chat_log.changes import Appended
 from app.services.chat_log.roster import OUTDATED_MAX, Roster, RosterCache, RosterMember, load_rosters
@@ -27,7 +28,7 @@ def roster(chat_id: int, members_version: int, *user_ids: int) -> Roster:
 
 def told(services: Services, appended: Appended) -> None:
     """Another worker tells of the block."""
-    for outdated in appended.unannounced:
+    for outdated in appended.moved_rosters:
         services.rosters.drop(outdated.chat_id, outdated.members_version)
 
 
@@ -62,6 +63,22 @@ async def test_a_roster_read_before_a_block_on_another_worker_is_not_used_after_
     await typing
     await services.typing.type(bo.id, chat_id, active=True)
     assert inbox.events == []
+
+
+@pytest.mark.parametrize("change", ["block", "member"])
+async def test_that_a_roster_is_outdated_is_told_to_all_workers_even_while_none_is_heard(
+    client: httpx.AsyncClient, services: Services, change: str
+) -> None:
+    ann, bo = await people(client, 2)
+    chat_id = await ann.personal(bo) if change == "block" else await ann.group(bo)
+    # Not started: what it has to say stays in the outbox.
+    bus = services.cluster.bus = Bus(redis_client("redis://127.0.0.1:1/0"), services.clock)
+    await (ann.block(bo) if change == "block" else ann.remove(chat_id, bo))
+    services.cluster.bus = None
+    told = [item for item in bus._outboxes[EVERYBODY] if item["kind"] == "roster"]
+    newest = services.rosters.get(chat_id)
+    assert newest is not None
+    assert [(item["chat_id"], item["members_version"]) for item in told] == [(chat_id, newest.members_version)]
 
 
 def test_what_is_outdated_is_not_put_back() -> None:

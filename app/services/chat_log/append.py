@@ -231,7 +231,7 @@ class _Batch:
             ],
             self.account_events,
             [draft.roster for draft in self.drafts.values()],
-            [draft.roster for draft in drafts if draft.updated.version == draft.row.version],
+            [draft.roster for draft in drafts if draft.updated.members_version != draft.row.members_version],
             [draft.updated.after(draft.row) for draft in self.drafts.values()],
         )
 

@@ -161,7 +161,7 @@ class Appended:
     account_events: list[tuple[int, AccountEvent]] = field(default_factory=list)
     rosters: list[Roster] = field(default_factory=list)
     """Rosters as this transaction leaves them; valid only if it commits."""
-    unannounced: list[Roster] = field(default_factory=list)
-    """Those of them that moved without an event that would tell of it."""
+    moved_rosters: list[Roster] = field(default_factory=list)
+    """Those of them that are not as they were before: older ones are outdated."""
     chats: list[ChatRow] = field(default_factory=list)
     """Chats as this transaction leaves them; valid only if it commits."""
