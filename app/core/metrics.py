@@ -143,6 +143,10 @@ holes_healed = _counter(
     "dialect_holes_healed_total",
     "Changes that were let out late, read from the database, for their announcement was lost.",
 )
+heals_failed = _counter(
+    "dialect_heals_failed_total",
+    "Tries to read what a chat's sockets had missed that failed for a reason of that chat.",
+)
 sweeps = _counter("dialect_sweeps_total", "Searches for changes that nobody announced.")
 
 # --- several workers ---

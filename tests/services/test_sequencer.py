@@ -11,12 +11,17 @@ import httpx
 import pytest
 from sqlalchemy import text
 
+from app.core import metrics
 from app.core.clock import SystemClock
+from app.core.errors import Unavailable
 from app.services.chat_log import sequencer
 from app.services.chat_log.changes import Appended, Change, ChangeMembers, EditMessage, SendMessage
-from app.services.connection_manager import Connection
+from app.services.chat_log.sequencer import HEAL_PAUSE_SECONDS
+from app.services.connection_manager import Channel, Connection
 from app.services.container import Services
 from app.services.transport import Frames
+from tests.support.clock import ManualClock
+from tests.support.metrics import value
 from tests.support.people import Json, Person, people
 
 # The sweep runs when a test says so.
@@ -161,6 +166,114 @@ async def test_what_nobody_announced_at_all_is_found_by_the_sweep(
     await services.sequencer.sweep()
     await services.sequencer.sweep()
     assert services.sequencer.healed == healed
+
+
+async def spoil(services: Services, chat_id: int, *, whole: bool = False) -> None:
+    """Make a chat's messages such that they cannot be read, or whole again."""
+    async with services.database.writing() as session:
+        await session.execute(
+            text("UPDATE messages SET service = :service WHERE chat_id = :chat_id"),
+            {"service": None if whole else "{", "chat_id": chat_id},
+        )
+
+
+def heals_failed() -> float:
+    return value(metrics.exposition().decode(), "dialect_heals_failed_total")
+
+
+def stop_the_clock(services: Services, monkeypatch: pytest.MonkeyPatch) -> ManualClock:
+    """Let the sequencer's time pass when the test says so."""
+    clock = ManualClock()
+    monkeypatch.setattr(services.sequencer, "_clock", clock)
+    monkeypatch.setattr(services.sequencer, "_swept", clock.monotonic())
+    return clock
+
+
+@pytest.mark.logs_errors
+async def test_a_chat_that_cannot_be_healed_holds_up_no_other_and_is_tried_again_after_growing_pauses(
+    client: httpx.AsyncClient, services: Services, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    clock = stop_the_clock(services, monkeypatch)
+    ann, bo = await people(client, 2)
+    before, sick, behind = [await ann.group(bo) for _ in range(3)]
+    inbox, failed = await come_online(services, bo), heals_failed()
+
+    async def sweep_after(seconds: float = 0.0) -> tuple[float, int]:
+        """(tries to heal that have failed, events that have come)"""
+        clock.advance(seconds)
+        await services.sequencer.sweep()
+        return heals_failed() - failed, len(inbox.events)
+
+    for group in (before, sick, behind):
+        await commit(services, message(group, ann, "unheard"))
+    await spoil(services, sick)
+    assert await sweep_after() == (0, 0)
+    assert await sweep_after() == (1, 2)
+    assert {event["chat_id"] for event in inbox.events} == {before, behind}
+    await commit(services, message(behind, ann, "more"))
+    assert await sweep_after() == (1, 2)
+    assert await sweep_after() == (1, 3)
+    assert await sweep_after(HEAL_PAUSE_SECONDS) == (2, 3)
+    assert await sweep_after(HEAL_PAUSE_SECONDS) == (2, 3)
+    await spoil(services, sick, whole=True)
+    assert await sweep_after(HEAL_PAUSE_SECONDS) == (2, 4)
+    assert inbox.events[-1]["chat_id"] == sick
+    told = [record for record in caplog.records if record.message == "heal_failed"]
+    assert [(record.chat_id, record.pause) for record in told] == [(sick, 5.0), (sick, 10.0)]  # type: ignore[attr-defined]
+    services.sequencer.announce(await commit(services, message(sick, ann, "live again")))
+    assert inbox.events[-1]["prev"] == inbox.events[-2]["version"]
+
+
+@pytest.mark.logs_errors
+async def test_behind_a_hole_that_cannot_be_healed_nothing_gathers_and_the_sweep_heals_it_at_last(
+    client: httpx.AsyncClient, services: Services, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = stop_the_clock(services, monkeypatch)
+    ann, bo = await people(client, 2)
+    chat_id = await ann.personal(bo)
+    inbox, failed = await come_online(services, bo), heals_failed()
+    await commit(services, message(chat_id, ann, "swallowed"))
+    await spoil(services, chat_id)
+    services.sequencer.announce(await commit(services, message(chat_id, ann, "early")))
+    async with asyncio.timeout(10):
+        while services.connections.channels[chat_id].healing:
+            await services.database.ping()
+    for number in range(3):
+        services.sequencer.announce(await commit(services, message(chat_id, ann, f"later {number}")))
+    assert heals_failed() - failed == 1
+    assert services.sequencer._early == {}
+    await spoil(services, chat_id, whole=True)
+    clock.advance(HEAL_PAUSE_SECONDS)
+    await services.sequencer.sweep()
+    [healed] = inbox.events
+    assert (healed["prev"], healed["version"], len(healed["messages"])) == (1, 6, 5)
+    services.sequencer.announce(await commit(services, message(chat_id, ann, "live again")))
+    assert inbox.spans[-1] == (6, 7)
+
+
+async def test_a_chat_that_takes_the_database_too_long_goes_to_the_end_of_the_line(
+    client: httpx.AsyncClient, services: Services, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ann, bo = await people(client, 2)
+    slow, well = [await ann.group(bo) for _ in range(2)]
+    inbox = await come_online(services, bo)
+    heal, tried = services.sequencer.heal, []
+
+    async def heal_the_other(channel: Channel) -> None:
+        tried.append(channel.chat_id)
+        if channel.chat_id == slow:
+            raise Unavailable("database_unavailable", "The database does not answer.")
+        await heal(channel)
+
+    monkeypatch.setattr(services.sequencer, "heal", heal_the_other)
+    await commit(services, message(slow, ann, "unheard"))
+    await services.sequencer.sweep()
+    await commit(services, message(well, ann, "unheard"))
+    for _ in range(2):
+        with pytest.raises(Unavailable):
+            await services.sequencer.sweep()
+    assert tried == [slow, well, slow]
+    assert [event["chat_id"] for event in inbox.events] == [well]
 
 
 async def test_the_sweep_reads_what_changed_page_by_page_and_misses_none(

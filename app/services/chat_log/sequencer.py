@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
 
 from app.core import metrics
 from app.core.clock import Clock
@@ -34,6 +35,18 @@ SWEEP_WINDOW_SECONDS = 30
 SWEEP_ROWS = 1000
 HEAL_ROWS = 500
 HEAL_CHARS = 64 * 1024
+HEAL_PAUSE_SECONDS = 5.0
+"""After this a chat that could not be healed is tried again; after twice as long each time it fails once more."""
+HEAL_PAUSE_MAX_SECONDS = 300.0
+
+
+@dataclass(slots=True)
+class _Failure:
+    """A chat that could not be healed."""
+
+    channel: Channel
+    pause: float
+    until: float
 
 
 class Sequencer:
@@ -59,6 +72,7 @@ class Sequencer:
         self._behind: dict[int, int] = {}
         self._rosterless: dict[int, list[Remote]] = {}
         """Announcements of other workers that wait until their chat's roster has been read."""
+        self._failures: dict[int, _Failure] = {}
         self._swept = clock.monotonic()
         self._task: asyncio.Task[None] | None = None
         self.healed = 0
@@ -126,6 +140,9 @@ class Sequencer:
             self._note_committed(announcement)
             return
         if announcement.prev > channel.version:
+            if self._failure(channel) is not None:
+                self._leave_to_sweep(chat_id, announcement.version)
+                return
             early = self._early.setdefault(chat_id, [])
             early.append(announcement)
             early.sort(key=lambda waiting: waiting.prev)
@@ -183,14 +200,45 @@ class Sequencer:
                 if not self._early.get(channel.chat_id):
                     break
                 try:
-                    await self.heal(channel)
+                    if not await self._try_to_heal(channel):
+                        break
                 except Unavailable:
                     continue
-                self._release_early(channel)
         finally:
             channel.healing = False
             if self._connections.channels.get(channel.chat_id) is not channel:
                 self._early.pop(channel.chat_id, None)  # nobody is left to hear it
+
+    async def _try_to_heal(self, channel: Channel) -> bool:
+        """Heal a chat, but for one that failed lately; whether it is healed. Raises Unavailable: any other failure is
+        this chat's own, and holds up no other."""
+        chat_id, now = channel.chat_id, self._clock.monotonic()
+        failure = self._failure(channel)
+        if failure is not None and now < failure.until:
+            return False
+        try:
+            await self.heal(channel)
+            self._release_early(channel)
+        except Unavailable:
+            raise
+        except Exception:
+            pause = HEAL_PAUSE_SECONDS if failure is None else min(failure.pause * 2, HEAL_PAUSE_MAX_SECONDS)
+            self._failures[chat_id] = _Failure(channel, pause, now + pause)
+            metrics.heals_failed.inc()
+            log.exception("heal_failed", extra={"chat_id": chat_id, "pause": pause})
+            # What waits for its turn would gather without end. It is in the database, where the sweep reads it.
+            for announcement in self._early.pop(chat_id, []):
+                self._leave_to_sweep(chat_id, announcement.version)
+            return False
+        self._failures.pop(chat_id, None)
+        return True
+
+    def _failure(self, channel: Channel) -> _Failure | None:
+        failure = self._failures.get(channel.chat_id)
+        return failure if failure is not None and failure.channel is channel else None
+
+    def _leave_to_sweep(self, chat_id: int, version: int) -> None:
+        self._behind[chat_id] = max(version, self._behind.get(chat_id, 0))
 
     async def heal(self, channel: Channel) -> None:
         """Read what was not let out from the database and let it out as one `chat_changes`."""
@@ -216,13 +264,11 @@ class Sequencer:
         if channel.version != prev:
             return  # the announcement came while we were reading
         self._rosters.put(roster, generation=generation)
-        self.healed += 1
-        metrics.holes_healed.inc()
-        log.warning("hole_healed", extra={"chat_id": chat_id, "prev": prev, "version": chat.version})
         size = sum(len(row.content) for row in messages)
         if len(messages) > HEAL_ROWS or len(members) > HEAL_ROWS or size > HEAL_CHARS:
             # Too much for one frame: each connection catches up at its own pace.
             channel.version = chat.version
+            self._note_healed(chat_id, prev, chat.version)
             self._follow_members(roster, channel)
             for connection in channel.audience(roster):
                 connection.catch_up(chat_id, prev)
@@ -237,9 +283,15 @@ class Sequencer:
             "members": [member_view(row) for row in members],
             "info": info_view(chat, chat.member_count) if changed_info else None,
         }
+        self._note_healed(chat_id, prev, chat.version)
         self._follow_members(roster, channel)
         seqs = [min((row.seq for row in messages), default=0)]
         self._release(channel, Announcement(chat_id, prev, chat.version, roster, [event], seqs))
+
+    def _note_healed(self, chat_id: int, prev: int, version: int) -> None:
+        self.healed += 1
+        metrics.holes_healed.inc()
+        log.warning("hole_healed", extra={"chat_id": chat_id, "prev": prev, "version": version})
 
     def _follow_members(self, roster: Roster, channel: Channel) -> None:
         """Nobody announced who left: unsubscribe whoever is no member by the roster just read."""
@@ -269,17 +321,28 @@ class Sequencer:
             if chat.id in candidates or (channel is not None and channel.version < chat.version):
                 candidates[chat.id] = chat.version
         self._swept = began
+        lost: list[Channel] = []
         for chat_id, version in candidates.items():
             channel = self._connections.channels.get(chat_id)
             if channel is None or channel.version >= version:
                 self._behind.pop(chat_id, None)
             elif channel.version < self._behind.get(chat_id, 0):
-                # What the last sweep saw already is lost; what is new may just be on its way.
-                await self.heal(channel)
-                self._release_early(channel)
-                self._behind.pop(chat_id, None)
+                lost.append(channel)  # the last sweep saw it already; what is new may just be on its way
             else:
                 self._behind[chat_id] = version
+        self._failures = {
+            chat_id: failure
+            for chat_id, failure in self._failures.items()
+            if self._connections.channels.get(chat_id) is failure.channel
+        }
+        # Once all that is new is noted, for this may end at any chat.
+        for channel in lost:
+            try:
+                await self._try_to_heal(channel)
+            except Unavailable:
+                # To the end of the line: it may be this chat alone that takes the database too long.
+                self._behind[channel.chat_id] = self._behind.pop(channel.chat_id)
+                raise
 
     async def _list_changed(self, window: float) -> AsyncIterator[repository.ChangedChat]:
         """What changed, page by page: after an outage of an hour that may be every chat there is."""
