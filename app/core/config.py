@@ -249,6 +249,11 @@ class Settings(BaseSettings):
     catch_up_reads_per_user: int = Field(
         1, ge=1, description="Sockets of one account that read what they missed at the same time; the others wait."
     )
+    last_seen_seconds: float = Field(
+        300,
+        gt=0,
+        description="How often it is stored that somebody still is online; a crash leaves `last_seen_at` so early.",
+    )
     max_presence_subscriptions: int = Field(128, ge=0, description="People one socket may watch.")
 
     # The writer

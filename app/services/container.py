@@ -117,6 +117,7 @@ class Services:
             self.catch_up.epoch = await account_repository.epoch(session)
         self.admission.start()
         self.connections.start()
+        self.presence.start()
         if self.cluster.bus is None:  # else once the bus is heard: a name taken before would be missed
             self.cool_usernames()
         self._warming = supervise("warm-usernames", self._keep_usernames_warm)
@@ -145,7 +146,7 @@ class Services:
         await self.writer.stop()
         await self.files.stop()
         await self.notifications.stop()
-        await self.presence.flush()
+        await self.presence.stop()
         await self.connections.stop()
         await self.admission.stop()
         await self.sequencer.stop()

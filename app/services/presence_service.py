@@ -1,19 +1,23 @@
-"""Who is online: told to those who have a personal chat with them and asked to watch.
+"""Who is online: told to those who have a personal chat with them and asked to watch. And who was, when last.
 
-Best effort, and not part of any log.
+Best effort, and not part of any log. When somebody was last seen is stored as they come, every few minutes while they
+stay, and as they go: a crash leaves it a few minutes early. Each is a row in a batch, never a transaction of its own.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+from collections import OrderedDict
 from collections.abc import Sequence, Set
+from datetime import UTC, datetime
+from itertools import islice
 
 from app.core import metrics
 from app.core.clock import Clock, timestamp
 from app.core.config import Settings
 from app.core.errors import BadInput, Unavailable
-from app.core.tasks import keep_running
+from app.core.tasks import keep_running, supervise
 from app.db.database import Database
 from app.db.events import PresenceEvent
 from app.db.repositories import pairs as pairs_repository
@@ -25,6 +29,11 @@ from app.services.transport import Frames
 log = logging.getLogger(__name__)
 
 LAST_SEEN_DELAY_SECONDS = 1.0
+"""Who came or went is stored with all others of so long: a thousand may drop together."""
+LAST_SEEN_BATCH = 500
+"""People stored by one transaction, which for a moment holds rows that others want."""
+LAST_SEEN_WAITING_MAX = 100_000
+"""People to be stored while the database is away; beyond, they were last seen when they came."""
 RECHECKED_AT_ONCE = 400
 """Pairs of people asked for together."""
 RECHECK_PAUSE_SECONDS = 1.0
@@ -50,13 +59,30 @@ class PresenceService:
         self._online = online
         self._watchers: dict[int, set[Connection]] = {}
         self._separations = 0
-        self._gone: set[int] = set()
+        self._seen: dict[int, datetime] = {}
+        """When people were last seen, where it is not stored yet."""
+        self._staying: OrderedDict[int, float] = OrderedDict()
+        """Those who are online here, each with when that is stored again; the next one first."""
         self._storing = asyncio.Lock()
-        self._later: asyncio.Task[None] | None = None
+        self._storer: asyncio.Task[None] | None = None
         self._doubted = False
         self._rechecking: asyncio.Task[None] | None = None
         online.listeners.append(self._on_presence)
         online.here_listeners.append(self._on_here)
+
+    def start(self) -> None:
+        """Begin to store when people were last seen."""
+        self._storer = supervise("last-seen", self._keep_storing)
+
+    async def stop(self) -> None:
+        """Store who has gone and who has to go now, as far as the database is there, and end."""
+        if self._storer is not None:
+            self._storer.cancel()
+            await asyncio.gather(self._storer, return_exceptions=True)
+            self._storer = None
+        for user_id in self._staying:
+            self._note_seen(user_id)
+        await self.store()
 
     async def subscribe(self, connection: Connection, user_ids: Sequence[int]) -> None:
         """Let a connection watch these people instead of those before, and tell it how they are now.
@@ -157,32 +183,53 @@ class PresenceService:
             for connection in watchers:
                 connection.send_droppable(frames)
 
+    # --- when people were last seen ---
+
     def _on_here(self, user_id: int) -> None:
         # Stored by each worker for its own sockets: the last one to lose somebody has the last word.
-        if not self._connections.is_online(user_id):
-            self._gone.add(user_id)
-            if self._later is None or self._later.done():
-                self._later = self._connections.start_task(
-                    keep_running("last-seen", self._flush_later, until=lambda: not self._gone), "last-seen"
-                )
+        online = self._connections.is_online(user_id)
+        if online and user_id in self._staying:
+            return  # one socket more, or one of several less
+        self._note_seen(user_id)
+        if online:
+            self._staying[user_id] = self._clock.monotonic() + self._settings.last_seen_seconds
+        else:
+            self._staying.pop(user_id, None)
 
-    async def _flush_later(self) -> None:
-        """Store when people went, a second's worth at once: a thousand may drop together."""
-        while self._gone:
+    def _note_seen(self, user_id: int) -> None:
+        if user_id in self._seen or len(self._seen) < LAST_SEEN_WAITING_MAX:
+            self._seen[user_id] = self._now().replace(microsecond=0)  # so that many share a moment, and a statement
+
+    def _now(self) -> datetime:
+        return self._clock.now().astimezone(UTC).replace(tzinfo=None)
+
+    async def _keep_storing(self) -> None:
+        while True:
             await asyncio.sleep(LAST_SEEN_DELAY_SECONDS)
-            await self.flush()
+            await self.store()
 
-    async def flush(self) -> None:
-        """Store now when people went, and wait for what is being stored already. Never raises for the database."""
+    async def store(self) -> None:
+        """Store when people were last seen, those who have stayed for long enough included, and wait for what is being
+        stored already. What a silent database does not take waits for the next time. Never raises for the database."""
+        now = self._clock.monotonic()
+        while self._staying and next(iter(self._staying.values())) <= now:
+            user_id, _ = self._staying.popitem(last=False)
+            self._note_seen(user_id)
+            self._staying[user_id] = now + self._settings.last_seen_seconds
         async with self._storing:
-            gone = sorted(user_id for user_id in self._gone if not self._connections.is_online(user_id))
-            self._gone.clear()
-            if not gone:
-                return
-            try:
-                async with self._database.writing() as session:
-                    await users_repository.touch_last_seen(session, gone, self._clock.now().replace(tzinfo=None))
-            except Unavailable:
-                log.info("last_seen_not_stored", extra={"users": len(gone)})
-            except Exception:
-                log.exception("last_seen_not_stored", extra={"users": len(gone)})
+            while batch := dict(islice(self._seen.items(), LAST_SEEN_BATCH)):
+                moments: dict[datetime, list[int]] = {}
+                for user_id, at in sorted(batch.items()):
+                    moments.setdefault(at, []).append(user_id)
+                try:
+                    async with self._database.writing() as session:
+                        for at, user_ids in moments.items():
+                            await users_repository.touch_last_seen(session, user_ids, at, now=self._now())
+                except Unavailable:
+                    log.info("last_seen_not_stored", extra={"users": len(self._seen)})
+                    return
+                except Exception:
+                    log.exception("last_seen_not_stored", extra={"users": len(batch)})
+                for user_id, at in batch.items():
+                    if self._seen[user_id] == at:  # else they came or went meanwhile
+                        del self._seen[user_id]

@@ -224,7 +224,7 @@ async def test_last_seen_is_for_those_one_has_a_chat_with_until_a_block(
     await make_chat(client, account, friend)
     async with services.database.writing() as session:
         moment = services.clock.now().replace(tzinfo=None)
-        await user_repository.touch_last_seen(session, [account.id], moment)
+        await user_repository.touch_last_seen(session, [account.id], moment, now=moment)
 
     async def seen_by(viewer: Account) -> bool:
         return (await get(client, viewer, f"/users/{account.id}")).json()["last_seen_at"] is not None

@@ -17,13 +17,13 @@ from app.db.log_connection import LogConnection, Row, Statement
 def statements(database: Database, *, background: bool = False) -> Iterator[list[str]]:
     """The statements that run meanwhile, those of the writer's own connection too.
 
-    Not those of the task that stores marks of fan-out once a second, unless `background`.
+    Not those of the tasks that store marks of fan-out and when people were last seen, unless `background`.
     """
     seen: list[str] = []
 
     def note(_connection: Any, _cursor: Any, statement: str, *_rest: Any) -> None:
         task = asyncio.current_task()
-        if background or task is None or task.get_name() != "fanout-marks":
+        if background or task is None or task.get_name() not in ("fanout-marks", "last-seen"):
             seen.append(statement)
 
     flush = LogConnection._flush

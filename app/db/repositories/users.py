@@ -130,9 +130,12 @@ async def update_profile(session: AsyncSession, row: UserRow, *, display_name_ke
         raise _taken(error) from None
 
 
-async def touch_last_seen(session: AsyncSession, user_ids: Sequence[int], at: datetime) -> None:
-    """Remember when people were last online."""
-    await session.execute(update(USER).where(USER.c.id.in_(user_ids)).values(last_seen_at=at))
+async def touch_last_seen(session: AsyncSession, user_ids: Sequence[int], at: datetime, *, now: datetime) -> None:
+    """Remember when people were last online, where nothing later is known: another worker may have seen them since.
+    What lies after `now` was left by a clock that was wrong."""
+    seen = USER.c.last_seen_at
+    older = or_(seen.is_(None), seen < at, seen > now)
+    await session.execute(update(USER).where(USER.c.id.in_(user_ids), older).values(last_seen_at=at))
 
 
 async def search_usernames(session: AsyncSession, prefix: str, *, after: str, limit: int) -> list[UserRow]:
