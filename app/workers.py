@@ -29,8 +29,8 @@ log = logging.getLogger(__name__)
 APPLICATION = "app.main:app"
 RESTART_PAUSE_SECONDS = 1.0
 """A worker that cannot start, because the database is away, say, is tried again no sooner."""
-STOP_SPARE_SECONDS = 1.0
-"""So much longer than a graceful stop may take is waited for a worker's end."""
+STOP_SPARE_SECONDS = 2.0
+"""So much longer than SHUTDOWN_SECONDS is waited for a worker's end: what it stores last comes after the drain."""
 TICK_SECONDS_MAX = 1.0
 """The parent looks at its workers twice a second. What it missed, being stopped itself, is nobody's silence."""
 

@@ -176,7 +176,7 @@ class Settings(BaseSettings):
     max_body_bytes: int = Field(1024 * 1024, ge=1024, description="Largest request body, uploads aside.")
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="Least level logged.")
     log_format: Literal["json", "console"] = Field("console", description="`json` for machines.")
-    shutdown_seconds: float = Field(8.0, gt=0, le=60, description="Bound of a graceful stop.")
+    shutdown_seconds: float = Field(8.0, gt=0, le=60, description="Bound of a graceful stop, but for two seconds.")
 
     # Passwords
     argon2_memory_kib: int = Field(19456, ge=8, description="Argon2id memory (OWASP: 19 MiB, t=2, p=1).")

@@ -330,10 +330,10 @@ class AuthService:
 
     async def close(self) -> None:
         """Store what is not yet; before the database closes."""
-        await self._store_seen()
         if self._later is not None:
             self._later.cancel()
             await asyncio.gather(self._later, return_exceptions=True)
+        await self._store_seen()
 
     # --- going out ---
 

@@ -186,11 +186,11 @@ class Cluster:
 
     async def stop(self) -> None:
         """Leave them."""
-        if self.bus is not None:
-            await self.bus.stop()
         if self._making_up is not None:
             self._making_up.cancel()
             await asyncio.gather(self._making_up, return_exceptions=True)
+        if self.bus is not None:
+            await self.bus.stop()
 
     def _post(self, item: AnyItem, to: str = EVERYBODY) -> None:
         if self.bus is not None:

@@ -58,6 +58,8 @@ from app.services.user_settings_service import UserSettingsService
 
 log = logging.getLogger(__name__)
 
+LAST_WORK_SECONDS = 0.5
+"""A stop has at least so long for what is to be stored last, even if the drain took all of its time."""
 WARMING_PAGE = 1_000
 WARMING_PAUSE_SECONDS = 60.0
 """All usernames are read again no sooner, however often the bus loses something."""
@@ -107,6 +109,8 @@ class Services:
     _cooled: asyncio.Event = field(default_factory=asyncio.Event)
     """Set while the filter of usernames may lack some."""
     _warming: asyncio.Task[None] | None = None
+    _stop_by: float | None = None
+    """By the loop's time; None where nothing was drained."""
 
     async def start(self) -> None:
         """Take the database into use and begin work. Raises StartupError with a sentence for the operator."""
@@ -135,24 +139,43 @@ class Services:
 
         Takes at most 3/4 of `shutdown_seconds`; the rest is the web server's, for requests still under way.
         """
+        self._stop_by = asyncio.get_running_loop().time() + self.settings.shutdown_seconds
         await self.connections.drain(self.writer.drained, self.settings.shutdown_seconds * 3 / 4)
 
     async def stop(self) -> None:
-        """Finish what was begun and give everything back; also after a start that failed half-way."""
+        """Finish what was begun and give everything back; also after a start that failed half-way.
+
+        What is to be stored or told last has until `shutdown_seconds` after the drain began, and never less than
+        LAST_WORK_SECONDS: a database or a Redis that is silent holds up the end for no longer.
+        """
+        now = asyncio.get_running_loop().time()
+        stop_by = now + self.settings.shutdown_seconds if self._stop_by is None else self._stop_by
+        give_up_at = max(stop_by, now + LAST_WORK_SECONDS)
         await self.telemetry.stop()
         if self._warming is not None:
             self._warming.cancel()
             await asyncio.gather(self._warming, return_exceptions=True)
-        await self.writer.stop()
-        await self.files.stop()
-        await self.notifications.stop()
-        await self.presence.stop()
+        await self.writer.stop()  # first: what it commits is pushed, marked and told by the others
+        try:
+            async with asyncio.timeout_at(give_up_at):
+                # Together: each of them would wait for the same silence as long as if it were alone.
+                ends = await asyncio.gather(
+                    self.files.stop(),
+                    self.notifications.stop(),
+                    self.presence.stop(),
+                    self.fanout.stop(),
+                    self.auth.close(),
+                    self.cluster.stop(),
+                    return_exceptions=True,
+                )
+            for error in ends:
+                if error is not None:
+                    log.error("stop_failed", exc_info=error)
+        except TimeoutError:
+            log.warning("stop_cut_short")
         await self.connections.stop()
         await self.admission.stop()
         await self.sequencer.stop()
-        await self.fanout.stop()
-        await self.auth.close()
-        await self.cluster.stop()
         if self.redis is not None:
             await self.redis.aclose()
         self.hasher.close()

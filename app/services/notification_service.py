@@ -215,25 +215,28 @@ class NotificationService:
                     await self._stop_pushing()
                 await asyncio.sleep(LEAD_SECONDS)
         finally:
-            await self._stop_pushing()
-            self._leadership.release()
+            try:
+                await self._stop_pushing()
+            finally:  # a stop may cut it short
+                self._leadership.release()
 
     async def _stop_pushing(self) -> None:
         for task in self._loops:
             task.cancel()
         await asyncio.gather(*self._loops, return_exceptions=True)
-        if self._loops:
-            try:
+        try:
+            if self._loops:
                 await self._store(everything=True)
-            except Unavailable:
-                log.info("push_cursors_not_stored")
-        self._loops = []
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._hints.clear()
-        self._chats.clear()
-        self._marks.clear()
+        except Unavailable:
+            log.info("push_cursors_not_stored")
+        finally:  # even where a stop cuts it short
+            self._loops = []
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+            self._hints.clear()
+            self._chats.clear()
+            self._marks.clear()
 
     # --- devices ---
 

@@ -36,7 +36,7 @@ from app.services.chat_log.changes import Appended, Change, Deferred, Done, Edit
 
 log = logging.getLogger(__name__)
 
-STOP_SECONDS = 1.0
+STOP_SECONDS = 0.5
 """What a drain has not got done, a database that is away will not do in longer either."""
 
 BATCH_CHARACTERS_MAX = 500_000
