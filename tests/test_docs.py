@@ -45,6 +45,18 @@ def test_the_protocol_tells_how_long_searches_wait() -> None:
     assert (int(queue), float(seconds)) == (defaults["bulk_queue"], defaults["bulk_wait_seconds"])
 
 
+def test_operators_read_of_every_limit_that_each_worker_counts_for_itself() -> None:
+    section = (ROOT / "docs/operations.md").read_text(encoding="utf-8").partition("\n## Several workers\n")[2]
+    told = set(re.findall(r"`(LIMIT_\w+)`", section.partition("\nCounted by each worker for itself")[2]))
+    # Those that are written as `N/period` are counted in Redis.
+    own = {
+        name.upper()
+        for name, field in Settings.model_fields.items()
+        if name.startswith("limit_") and not isinstance(field.default, str)
+    }
+    assert told == own
+
+
 # --- error codes ---
 
 
