@@ -17,7 +17,6 @@ from app.services import bus as bus_module
 from app.services.bus import BLIND_SECONDS, EVERYBODY, SILENT_SECONDS, Bus, Item, redis_client
 from app.services.cluster import Cluster
 from app.services.container import Services
-from app.services.online import Online
 from tests.services.test_sequencer import commit, message
 from tests.support.clock import ManualClock
 from tests.support.metrics import value
@@ -243,7 +242,7 @@ async def test_a_batch_crosses_the_bus_once_for_each_worker_however_many_of_its_
 ) -> None:
     everybody = await people(client, 9)
     chats = [await everybody[0].group(*everybody[1:8]) for _ in range(2)]
-    bus, online = Bus(redis_client(redis.url), SystemClock()), Online(services.connections)
+    bus, online = Bus(redis_client(redis.url), SystemClock()), services.online
     cluster = Cluster(clock=SystemClock(), connections=services.connections, online=online, bus=bus)
     cluster.on_lost = lambda: None
     where = {"one": everybody[:4], "two": everybody[4:8], "three": everybody[8:]}
