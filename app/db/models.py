@@ -272,6 +272,7 @@ class ChatMember(Base):
     """`last_seq` when the membership ended; NULL while it lasts."""
     read_seq: Mapped[int] = mapped_column(ID, default=0)
     read_at: Mapped[datetime | None] = mapped_column(MICROSECONDS)
+    """When `read_seq` last moved; in a personal chat, while nobody blocked."""
     delivered_seq: Mapped[int] = mapped_column(ID, default=0)
     public_read_seq: Mapped[int] = mapped_column(ID, default=0)
     public_delivered_seq: Mapped[int] = mapped_column(ID, default=0)

@@ -229,20 +229,17 @@ class MessageService:
             return message
 
     async def readers(self, user_id: int, chat_id: int, message_id: int) -> Readers:
-        """Who has read a message, and whom it has reached; the sender aside."""
+        """Who has read a message, and whom it has reached; the sender aside.
+
+        The same whether or not a block stands between them: what it hid or showed would tell of it.
+        """
         async with self._database.reading() as session:
             message = await self._find_visible(session, user_id, chat_id, message_id)
-            blockers: frozenset[int] = frozenset()
-            rows = await chats_repository.list_readers(session, chat_id, message.seq)
-            pairs = [(min(user_id, row[0]), max(user_id, row[0])) for row in rows if row[0] != user_id]
-            for low, high, low_blocks, high_blocks in await log_repository.list_blocks(session, pairs):
-                if low_blocks or high_blocks:
-                    blockers |= {low, high}
-        reached = [
-            (member_id, read_seq, read_at)
-            for member_id, read_seq, _, read_at in rows
-            if member_id != message.sender_id and (member_id == user_id or member_id not in blockers)
-        ]
+            [chat] = await log_repository.find_chats(session, [chat_id])
+            # Of the peer of a personal chat, what its log has told; everybody knows their own mark.
+            public = chat.type == "personal" and message.sender_id == user_id
+            rows = await chats_repository.list_readers(session, chat_id, message.seq, public=public)
+        reached = [row for row in rows if row[0] != message.sender_id]
         return {
             "read_by": [
                 {"user_id": member_id, "read_at": timestamp(read_at) if read_at else None}

@@ -39,6 +39,8 @@ BEST_FIRST: tuple[PushAnswer, ...] = (
     "sent", "retrying", "waiting", "refused", "given_up", "unregistered", "off", "none",
 )  # fmt: skip
 """What is said of somebody with several devices: the best that came of any."""
+OF_MUTED: set[PushAnswer] = {"unregistered", "off", "none"}
+"""What may be said of somebody whom no push is meant for."""
 ANSWERS: dict[str, PushAnswer] = {"dead": "unregistered", "refused": "refused", "given_up": "given_up"}
 
 
@@ -139,8 +141,9 @@ class TraceService:
     async def trace(self, user_id: int, message_id: int, *, cursor: str | None, limit: int) -> MessageTrace:
         """What became of a message of the caller's own, with a page of its recipients by user id.
 
-        No more than the caller can find out elsewhere: marks as `MessageService.readers` tells them, presence and push
-        only of those whose presence their profile shows. Raises NotFound for everybody else's message.
+        No more than the caller can find out elsewhere, and nothing that tells of a block: marks as
+        `MessageService.readers` tells them, presence and push only of people the caller has a personal chat with.
+        Raises NotFound for everybody else's message.
         """
         limit = min(limit, self._settings.page_size_max)
         [after] = decode_cursor(cursor, *RECIPIENT_CURSOR) if cursor is not None else [0]
@@ -191,20 +194,35 @@ class TraceService:
         pair: PairRow | None,
         phones: Sequence[PhoneRow],
     ) -> TracedRecipient:
-        apart = pair is not None and pair.any_block
-        near = pair is not None and pair.chat_id is not None
-        read = not apart and row.read_seq >= message.seq
-        answers = {self._answer(message, chat, phone) for phone in phones}
-        push: PushAnswer = next((answer for answer in BEST_FIRST if answer in answers and not apart), "none")
-        # Across a block they look like somebody who is away and has no phone: what is left out must not tell of it.
-        return {
+        # Marks never fall, and the sender sees them elsewhere: one that a block hid again would tell of it.
+        read_seq, delivered_seq = (
+            (row.public_read_seq, row.public_delivered_seq)
+            if chat.type == "personal"
+            else (row.read_seq, row.delivered_seq)
+        )
+        read = read_seq >= message.seq
+        recipient: TracedRecipient = {
             "user_id": row.user_id,
-            "delivered": not apart and row.delivered_seq >= message.seq,
+            "delivered": delivered_seq >= message.seq,
             "read": read,
             "read_at": timestamp(row.read_at) if read and row.read_at else None,
-            "connected": (not apart and self._is_online(row.user_id)) if near else None,
-            "push": push if near else None,
+            "connected": None,
+            "push": None,
         }
+        if pair is not None and pair.chat_id is not None:
+            recipient["connected"] = pair.may_watch and self._is_online(row.user_id)
+            recipient["push"] = self._best_answer(message, chat, pair, phones)
+        return recipient
+
+    def _best_answer(
+        self, message: MessageRow, chat: UnpushedChat, pair: PairRow, phones: Sequence[PhoneRow]
+    ) -> PushAnswer:
+        answers = {self._answer(message, chat, phone) for phone in phones}
+        # What was sent before a block keeps its answer: one that was taken back would tell of it. What is sent since
+        # looks like sent to somebody who has muted the chat.
+        if pair.was_apart_at(message.created_at):
+            answers &= OF_MUTED
+        return next((answer for answer in BEST_FIRST if answer in answers), "none")
 
     def _answer(self, message: MessageRow, chat: UnpushedChat, phone: PhoneRow) -> PushAnswer:
         """What came of pushing a message to a session's device."""

@@ -137,13 +137,16 @@ async def test_behind_a_block_marks_of_the_personal_chat_stay_private(shared_ser
             assert (await hers.wait(type="message_read"))["chat_id"] == group
             assert [event["chat_id"] for event in marks(hers)] == [group]
             assert (await ann.chat(chat_id))["peer_read_seq"] == 1
-            # Who read a message does not name those behind a block, in either direction.
+            # Who read a message says the same: in the group it names them, here it does not.
             assert await ann.readers(second) == (set(), set())
-            assert await cy.readers(in_group) == ({bo.id}, {bo.id})
+            assert await bo.readers(second) == ({bo.id}, {bo.id})  # who knows their own
+            for asker in (ann, cy):
+                assert await asker.readers(in_group) == ({bo.id}, {bo.id})
             await ann.unblock(bo)
             await hers.barrier()
             assert (await ann.chat(chat_id))["peer_read_seq"] == 1  # not told afterwards either
-            assert await ann.readers(second) == ({bo.id}, {bo.id})
+            assert await ann.readers(second) == (set(), set())
             third = await ann.say(chat_id, "3")
             await bo.read(third)
             assert (await hers.wait(type="message_read", chat_id=chat_id))["seq"] == 3
+            assert await ann.readers(second) == await ann.readers(third) == ({bo.id}, {bo.id})

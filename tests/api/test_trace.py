@@ -182,7 +182,7 @@ async def test_who_did_not_send_it_gets_the_answer_of_a_message_that_does_not_ex
         assert await ask(person, message_id) == missing
 
 
-async def test_across_a_block_a_recipient_looks_like_somebody_who_is_away(
+async def test_across_a_block_marks_stay_and_a_recipient_looks_like_somebody_who_is_away(
     settings: Settings, start_server: StartServer
 ) -> None:
     server = start_server(settings)
@@ -206,7 +206,7 @@ async def test_across_a_block_a_recipient_looks_like_somebody_who_is_away(
             assert here == [{**away, "delivered": True, "read": True, "connected": True, "read_at": here[0]["read_at"]}]
             for blocker, blocked in ((bo, ann), (ann, bo)):
                 await blocker.block(blocked)
-                assert (await trace_of(ann, message))["recipients"] == [away]
+                assert (await trace_of(ann, message))["recipients"] == [{**here[0], "connected": False}]
                 await blocker.unblock(blocked)
 
 
@@ -222,8 +222,99 @@ async def test_marks_are_those_that_the_readers_of_a_message_show(client: httpx.
     read_by, delivered_to = await ann.readers(message)
     recipients = (await trace_of(ann, message))["recipients"]
     assert {one["user_id"] for one in recipients} == {bo.id, cy.id, eve.id}
-    assert {one["user_id"] for one in recipients if one["read"]} == read_by == {bo.id}
-    assert {one["user_id"] for one in recipients if one["delivered"]} == delivered_to == {bo.id}
+    assert {one["user_id"] for one in recipients if one["read"]} == read_by == {bo.id, cy.id}
+    assert {one["user_id"] for one in recipients if one["delivered"]} == delivered_to == {bo.id, cy.id}
+
+
+async def told_to(sender: Person, message: Json) -> dict[str, Any]:
+    """All that the sender of a message can ask about it and about who is in its chat."""
+    chat = message["chat_id"]
+    asked = {
+        "trace": f"/messages/{message['id']}/trace",
+        "readers": f"/chats/{chat}/messages/{message['id']}/readers",
+        "members": f"/chats/{chat}/members",
+        "chat": f"/chats/{chat}",
+        "list": "/chats",
+        "history": f"/messages/history/{chat}",
+    }
+    told = {name: await sender.do("GET", path) for name, path in asked.items()}
+    told["trace"].pop("fanned_out")  # which others move: it is of the newest
+    told["events"] = [event for event in await sender.resume(chats={str(chat): 1}) if event.get("chat_id") == chat]
+    return told
+
+
+@pytest.mark.parametrize("by_recipient", [True, False])
+async def test_nothing_that_the_sender_can_ask_tells_of_a_block(
+    pushing: Settings, start_server: StartServer, google: FakeGoogle, by_recipient: bool
+) -> None:
+    server = await launch(start_server, pushing)
+    async with server.client() as client:
+        ann, bo, cy = await people(client, 3)
+        blocker, blocked = (bo, ann) if by_recipient else (ann, bo)
+        personal, group = await ann.personal(bo), await ann.group(bo, cy)
+        await ann.personal(cy)
+        for person in (bo, cy):
+            await with_device(person)
+        first = {chat: await ann.say(chat, TEXT) for chat in (personal, group)}
+        for message in first.values():
+            await bo.read(message)
+        second = {chat: await ann.say(chat, TEXT) for chat in (personal, group)}
+        for chat in (personal, group):
+            await until(ann, second[chat], lambda found: push_of(found, bo) == "sent")
+        await until(ann, second[group], lambda found: push_of(found, cy) == "sent")
+        messages = [*first.values(), *second.values()]
+        before = [await told_to(ann, message) for message in messages]
+        assert [one["trace"]["recipients"][0]["read"] for one in before] == [True, True, False, False]
+
+        await blocker.block(blocked)
+        assert [await told_to(ann, message) for message in messages] == before
+        # In the personal chat marks move unseen; neither then nor after the block has ended does anything show it.
+        await bo.read(second[personal])
+        assert [await told_to(ann, message) for message in messages] == before
+        await blocker.unblock(blocked)
+        assert [await told_to(ann, message) for message in messages] == before
+
+        # In a group what is sent across a block stands as it would with somebody who is away and has muted the chat.
+        await blocker.block(blocked)
+        await cy.do("PATCH", f"/chats/{group}/settings", {"muted_until": "9999-12-31T23:59:59.000Z"})
+        async with await ann.open(server) as socket:
+            third = await ann.say(group, TEXT)
+            pushed = "SELECT pushed_seq FROM chats WHERE id = :id"
+            async with asyncio.timeout(PATIENCE):
+                while query(pushing, pushed, id=group) < [(third["seq"],)]:  # noqa: ASYNC110 - nothing tells of it
+                    await asyncio.sleep(0.05)
+            for marked in (False, True):
+                told = await told_to(ann, third)
+                of_bo, of_cy = ({**one, "user_id": 0, "read_at": None} for one in told["trace"]["recipients"])
+                assert of_bo == of_cy == {
+                    "user_id": 0, "delivered": marked, "read": marked, "read_at": None,
+                    "connected": False, "push": "none",
+                }  # fmt: skip
+                assert {one["user_id"] for one in told["readers"]["read_by"]} == ({bo.id, cy.id} if marked else set())
+                assert told["readers"]["delivered_to"] == ([bo.id, cy.id] if marked else [])
+                marks = {one["user_id"]: one["read_seq"] >= third["seq"] for one in told["members"]["items"]}
+                assert marks == {ann.id: True, bo.id: marked, cy.id: marked}
+                if not marked:
+                    for person in (bo, cy):
+                        await person.read(third)
+                        await socket.wait(type="message_read", chat_id=group, user_id=person.id, seq=third["seq"])
+
+
+@pytest.mark.settings(receipts_members_max=2)
+async def test_in_a_group_whose_log_tells_no_marks_a_block_takes_none_back(client: httpx.AsyncClient) -> None:
+    ann, bo, cy = await people(client, 3)
+    chat = await ann.group(bo, cy)
+    first = await ann.say(chat, TEXT)
+    await bo.read(first)
+    before = await told_to(ann, first)
+    await bo.block(ann)
+    assert await told_to(ann, first) == before
+    second = await ann.say(chat, TEXT)
+    for reader in (bo, cy):
+        await reader.read(second)
+    told = await told_to(ann, second)
+    assert {one["user_id"]: one["read"] for one in told["trace"]["recipients"]} == {bo.id: True, cy.id: True}
+    assert told["readers"]["delivered_to"] == [bo.id, cy.id]
 
 
 async def test_recipients_come_in_pages_and_a_page_takes_as_few_queries_whatever_its_length(

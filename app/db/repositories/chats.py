@@ -366,17 +366,24 @@ async def list_messages(
     return rows[::-1] if newest_first else rows
 
 
-async def list_readers(session: AsyncSession, chat_id: int, seq: int) -> list[tuple[int, int, int, datetime | None]]:
-    """(user_id, read_seq, delivered_seq, read_at) of members whom a message has reached.
+async def list_readers(
+    session: AsyncSession, chat_id: int, seq: int, *, public: bool
+) -> list[tuple[int, int, datetime | None]]:
+    """(user_id, read_seq, read_at) of members whom a message has reached, by their public or their true marks.
 
     Not of those who came later: their marks begin at the end of the chat.
     """
+    read, delivered = (
+        (MEMBER.c.public_read_seq, MEMBER.c.public_delivered_seq)
+        if public
+        else (MEMBER.c.read_seq, MEMBER.c.delivered_seq)
+    )
     result = await session.execute(
-        select(MEMBER.c.user_id, MEMBER.c.read_seq, MEMBER.c.delivered_seq, MEMBER.c.read_at).where(
+        select(MEMBER.c.user_id, read, MEMBER.c.read_at).where(
             MEMBER.c.chat_id == chat_id,
             MEMBER.c.left_seq.is_(None),
             MEMBER.c.joined_seq <= seq,
-            MEMBER.c.delivered_seq >= seq,
+            delivered >= seq,
         )
     )
-    return [(row[0], row[1], row[2], row[3]) for row in result]
+    return [(row[0], row[1], row[2]) for row in result]

@@ -24,6 +24,8 @@ class PairRow(NamedTuple):
     chat_id: int | None
     low_blocks_high: bool
     high_blocks_low: bool
+    low_blocked_at: datetime | None
+    high_blocked_at: datetime | None
 
     def blocks(self, user_id: int) -> bool:
         """Whether this one of the two blocks the other."""
@@ -37,6 +39,11 @@ class PairRow(NamedTuple):
     def any_block(self) -> bool:
         """Whether either blocks the other."""
         return self.low_blocks_high or self.high_blocks_low
+
+    def was_apart_at(self, moment: datetime) -> bool:
+        """Whether a block that stands now stood at this moment."""
+        since = (self.low_blocked_at, self.high_blocked_at)
+        return self.any_block and min((at for at in since if at is not None), default=moment) <= moment
 
     @property
     def may_watch(self) -> bool:

@@ -67,6 +67,8 @@ class RecipientRow(NamedTuple):
     read_seq: int
     read_at: datetime | None
     delivered_seq: int
+    public_read_seq: int
+    public_delivered_seq: int
 
 
 class PhoneRow(NamedTuple):

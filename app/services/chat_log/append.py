@@ -565,7 +565,8 @@ class _Batch:
         mark.delivered_seq = max(delivered, seq)  # what was read has been delivered
         if change.kind == "read":
             mark.read_seq = seq
-            mark.read_at = self.now
+            if not draft.roster.blockers:  # the time of a mark that a block keeps private would tell of both
+                mark.read_at = self.now
         if self._receipts_are_public(draft.roster):
             prev = draft.updated.version
             mark.version = draft.next_version()
