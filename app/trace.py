@@ -12,7 +12,7 @@ from app.db.database import Database
 from app.services.notification_service import push_is_configured
 from app.services.trace_service import FullTrace, RecipientDetail, SessionDetail, TraceService
 
-PARTS = {"commit": "committed", "sockets": "let out to sockets"}
+PARTS = {"commit": "told of its own", "sockets": "let out to sockets"}
 
 
 async def trace(settings: Settings, message_id: int, *, as_json: bool) -> str:
@@ -41,7 +41,8 @@ def lines_of(found: FullTrace) -> Iterator[str]:
         f"Message {found['message_id']}: seq {found['seq']} of chat {found['chat_id']} ({found['chat_type']}),"
         f" {found['message_type']}, from user {found['sender_id']} ({found['sender']})"
     )
-    yield f"Committed {found['committed_at']}" + (f", deleted {found['deleted_at']}" if found["deleted_at"] else "")
+    by = f" by {found['committed_by']}" if found["committed_by"] else ""
+    yield f"Committed {found['committed_at']}{by}" + (f", deleted {found['deleted_at']}" if found["deleted_at"] else "")
     push = f"is at seq {found['pushed_seq']}" if found["push_is_on"] else "is off"
     yield f"The chat is at seq {found['last_seq']}, push {push}"
     yield ""

@@ -48,7 +48,7 @@ CHAT_COLUMNS = (
     "members_version", "info_version", "member_count", "last_activity_at", "changed_at", "pushed_seq",
 )  # fmt: skip
 COLUMNS: dict[str, tuple[str, ...]] = {
-    "messages": MessageRow._fields,
+    "messages": (*MessageRow._fields, "worker"),
     "chat_members": MEMBER_COLUMNS,
     "chats": CHAT_COLUMNS,
     "user_pairs": (
@@ -67,6 +67,7 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     ),
     "refresh_tokens": ("token_hash", "session_id", "created_at"),
     "push_devices": ("session_id", "user_id", "kind", "token", "updated_at"),
+    "workers": ("number", "name", "started_at"),
     "fanout_marks": ("chat_id", "worker", "part", "first_seq", "last_seq", "at"),
     "push_marks": ("session_id", "chat_id", "sent_seq", "tried_seq", "answer", "reason", "at"),
 }  # fmt: skip
@@ -88,6 +89,9 @@ WORDS = """
 """.split()  # noqa: SIM905 - a list of 70 quoted words reads worse
 PLATFORMS = ("android", "ios", "web")
 
+WORKER = 1
+"""Number of the worker that committed all of it."""
+WORKER_NAME = "seeded"
 PUBLIC_MARKS_MAX = 50
 """Members of a chat whose log tells their marks; the default of `receipts_members_max`."""
 CHUNK = 5000
@@ -197,6 +201,7 @@ class _Population:
         self.texts = self._texts()
 
     def run(self) -> Used:
+        self.emit("workers", [(WORKER, WORKER_NAME, self.now - timedelta(days=800))])
         for chat_id, messages in enumerate(self._message_counts(), start=1):
             _Conversation(self, chat_id, messages).hold()
             if len(self.member_rows) >= CHUNK:
@@ -236,7 +241,7 @@ class _Population:
         activity = CHAT_COLUMNS.index("last_activity_at")
         for row in self.chat_rows:
             last_seq = row[CHAT_COLUMNS.index("last_seq")]
-            told += [(row[0], "seeded", part, 1, last_seq, row[activity]) for part in ("commit", "sockets")]
+            told += [(row[0], WORKER_NAME, part, 1, last_seq, row[activity]) for part in ("commit", "sockets")]
         self.emit("fanout_marks", told)
         for row in self.member_rows:
             chat_id, user_id, read_seq = (
@@ -446,7 +451,7 @@ class _Conversation:
         self.rows.append(
             (
                 self.id, self.seq, number, self.version, user_id, number.to_bytes(16, "big"), "service", "", service,
-                None, None, None, self.last_activity, None, None,
+                None, None, None, self.last_activity, None, None, WORKER,
             )
         )  # fmt: skip
         self.last_sent[user_id] = self.seq
@@ -485,7 +490,7 @@ class _Conversation:
             row(
                 (
                     chat_id, seq, number, version, sender, bits(128).to_bytes(16, "big"), "text", content, None,
-                    answered, answered_seq, None, moment, edited, deleted,
+                    answered, answered_seq, None, moment, edited, deleted, WORKER,
                 )
             )  # fmt: skip
             if len(rows) >= CHUNK:

@@ -185,8 +185,20 @@ class PushDevice(Base):
     """Moves with every registration; whoever deletes a dead token deletes no fresh one."""
 
 
+class Worker(Base):
+    """A server process, from its start on. No row is ever deleted: messages name their workers by number."""
+
+    __tablename__ = "workers"
+    __table_args__ = (OPTIONS,)
+
+    number: Mapped[int] = mapped_column(Integer, primary_key=True)
+    name: Mapped[str] = mapped_column(ascii_binary(16))
+    """As the log and the bus call it."""
+    started_at: Mapped[datetime] = mapped_column(MICROSECONDS)
+
+
 class FanoutMark(Base):
-    """Which messages of a chat a worker has told of: one unbroken run of them, up to the newest it told of.
+    """Which messages of a chat a worker has told of: the first, and up to the newest.
 
     Written behind what happened, a second's worth at once: what it says has happened, and a crash loses the end.
     """
@@ -197,7 +209,8 @@ class FanoutMark(Base):
     chat_id: Mapped[int] = mapped_column(ID, primary_key=True, autoincrement=False)
     worker: Mapped[str] = mapped_column(ascii_binary(16), primary_key=True)
     part: Mapped[str] = mapped_column(ascii_binary(8), primary_key=True)
-    """`commit`: it committed them and told the workers; `sockets`: it let them out to its own sockets."""
+    """`commit`: those among them that it committed (`messages.worker`), it has told the workers of. `sockets`: it let
+    all of them out to its own sockets."""
     first_seq: Mapped[int] = mapped_column(ID)
     last_seq: Mapped[int] = mapped_column(ID)
     at: Mapped[datetime] = mapped_column(MICROSECONDS)
@@ -308,6 +321,8 @@ class Message(Base):
     created_at: Mapped[datetime] = mapped_column(MICROSECONDS)
     edited_at: Mapped[datetime | None] = mapped_column(MICROSECONDS)
     deleted_at: Mapped[datetime | None] = mapped_column(MICROSECONDS)
+    worker: Mapped[int | None] = mapped_column(Integer)
+    """Number of the worker that committed it; NULL of one that had none."""
 
 
 class HiddenMessage(Base):

@@ -521,8 +521,10 @@ PushAnswer = Literal["sent", "retrying", "waiting", "refused", "given_up", "unre
 class TracedFanout(TypedDict):
     """Who told of a message."""
 
-    worker: Annotated[str, Field(description="Name of the server process.", examples=["5f1c09a7d2e4"])]
-    up_to_seq: Annotated[Seq, Field(description="The newest message that it has told of, without a gap from this one.")]
+    worker: Annotated[
+        str, Field(description="Name of the server process that committed it.", examples=["5f1c09a7d2e4"])
+    ]
+    up_to_seq: Annotated[Seq, Field(description="The newest of the messages it committed that it has told of.")]
     at: Annotated[Timestamp, Field(description="When it told of that one.")]
 
 

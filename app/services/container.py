@@ -126,7 +126,7 @@ class Services:
             self.cool_usernames()
         self._warming = supervise("warm-usernames", self._keep_usernames_warm)
         self.files.start()
-        self.fanout.start()
+        await self.fanout.start()
         self.sequencer.start()
         self.writer.start()
         self.notifications.start()
@@ -227,7 +227,6 @@ def build_services(settings: Settings, clock: Clock | None = None) -> Services:
     admission = Admission(settings, clock, readers=database.readers)
     ids = IdAllocator(_lease(database))
     rosters = RosterCache()
-    appender = Appender(rosters, clock, receipts_members_max=settings.receipts_members_max)
     connections = ConnectionManager(settings=settings, clock=clock, database=database, admission=admission)
     online = Online(connections, clock, lately_seconds=dead_socket_seconds(settings))
     redis, bus = None, None
@@ -237,6 +236,9 @@ def build_services(settings: Settings, clock: Clock | None = None) -> Services:
         redis, bus = patient_redis_client(url, settings.redis_pool_size), Bus(redis_client(url), clock)
     cluster = Cluster(clock=clock, connections=connections, online=online, bus=bus)
     fanout = FanoutMarks(clock=clock, database=database, worker=cluster.worker_id)
+    appender = Appender(
+        rosters, clock, receipts_members_max=settings.receipts_members_max, worker=lambda: fanout.number
+    )
     sequencer = Sequencer(
         settings=settings, clock=clock, database=database, rosters=rosters, connections=connections, fanout=fanout
     )

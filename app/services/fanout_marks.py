@@ -2,11 +2,15 @@
 
 Noting costs a send nothing but a look into a dict. What is noted has happened, so a mark is never ahead of the truth;
 what a crash takes along is a few seconds' worth of marks, and the trace says less than it could.
+
+Workers take turns in a chat. Which of the messages are whose stands on the messages themselves, as the number that the
+worker took when it started: so one mark speaks of all of its own, whatever others committed in between.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
@@ -39,18 +43,19 @@ Key = tuple[int, Part]
 
 
 class Run(NamedTuple):
-    """Messages told of without a gap, and when the newest was."""
+    """The first and the last of the messages told of, and when that was."""
 
     first: int
     last: int
     at: datetime
 
-    def joined(self, later: Run) -> Run:
-        """This run and another: both when nothing lies between them, else the one that reaches further."""
-        if later.first <= self.last + 1 and later.last >= self.first - 1:
-            newer = later if later.last >= self.last else self
+    def joined(self, later: Run, part: Part) -> Run:
+        """This run and another. Of `sockets` only when nothing lies between them, else the one that reaches further:
+        what lies between own commits are those of others."""
+        newer = later if later.last >= self.last else self
+        if part == "commit" or (later.first <= self.last + 1 and later.last >= self.first - 1):
             return Run(min(self.first, later.first), newer.last, newer.at)
-        return later if later.last > self.last else self
+        return newer
 
 
 def run_of(events: Iterable[ChatEvent]) -> tuple[int, int] | None:
@@ -76,15 +81,19 @@ class FanoutMarks:
         self._clock = clock
         self._database = database
         self.worker = worker
+        self.number: int | None = None
+        """What stands on the messages that this worker commits; None until the database gave it one."""
         self._waiting: dict[Key, Run] = {}
         self._pruned: set[int] = set()
         """Chats whose old marks were looked for by this process."""
         self._storing = asyncio.Lock()
         self._task: asyncio.Task[None] | None = None
 
-    def start(self) -> None:
-        """Begin to store."""
+    async def start(self) -> None:
+        """Take a number, before anything is committed, and begin to store. Without one the server works, too."""
         log.info("worker_named", extra={"worker": self.worker})
+        with contextlib.suppress(Unavailable):
+            await self.take_number()
         self._task = supervise("fanout-marks", self._keep_storing)
 
     async def stop(self) -> None:
@@ -99,6 +108,16 @@ class FanoutMarks:
                 await self.store()
         except Unavailable:
             log.info("fanout_marks_not_stored", extra={"chats": len(self._waiting)})
+
+    async def take_number(self) -> None:
+        """Take a number, once. Raises Unavailable."""
+        if self.number is None:
+            async with self._database.writing() as session:
+                number = await repository.add_worker(session, self.worker, self._now())
+            self.number = number
+
+    def _now(self) -> datetime:
+        return self._clock.now().astimezone(UTC).replace(tzinfo=None)
 
     # --- noting ---
 
@@ -115,10 +134,10 @@ class FanoutMarks:
         if run is None:
             return
         key = (announcement.chat_id, part)
-        later = Run(*run, self._clock.now().astimezone(UTC).replace(tzinfo=None))
+        later = Run(*run, self._now())
         earlier = self._waiting.get(key)
         if earlier is not None:
-            self._waiting[key] = earlier.joined(later)
+            self._waiting[key] = earlier.joined(later, part)
         elif len(self._waiting) < WAITING_MAX:
             self._waiting[key] = later
 
@@ -133,6 +152,7 @@ class FanoutMarks:
         while True:
             await asyncio.sleep(STORE_SECONDS)
             try:
+                await self.take_number()
                 await self.store()
             except Unavailable:
                 log.info("fanout_marks_not_stored", extra={"chats": len(self._waiting)})

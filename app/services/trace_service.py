@@ -45,7 +45,7 @@ ANSWERS: dict[str, PushAnswer] = {"dead": "unregistered", "refused": "refused", 
 
 
 class FanoutDetail(TypedDict):
-    """A run of messages that a worker has told of."""
+    """The messages that a worker has told of."""
 
     worker: str
     part: str
@@ -110,6 +110,7 @@ class FullTrace(TypedDict):
     sender_id: int
     sender: str
     committed_at: str
+    committed_by: str | None
     deleted_at: str | None
     last_seq: int
     pushed_seq: int
@@ -149,6 +150,7 @@ class TraceService:
         [after] = decode_cursor(cursor, *RECIPIENT_CURSOR) if cursor is not None else [0]
         async with self._database.reading() as session:
             message, chat = await self._find_own(session, user_id, message_id)
+            committed_by = await repository.find_worker(session, chat.id, message.seq)
             fanout = await repository.list_fanout(session, chat.id)
             if self._fanout is not None and (newest := self._fanout.waiting(chat.id, "commit")) is not None:
                 fanout.insert(0, newest)
@@ -162,7 +164,7 @@ class TraceService:
             # The blocks last: what happened after a block must not be read with those from before.
             pairs = await pairs_repository.find_pairs(session, user_id, others)
         # Of the worker that committed it alone: whose sockets let it out would tell who was online, and where.
-        told = next((row for row in fanout if row.part == "commit" and row.covers(message.seq)), None)
+        told = next((row for row in fanout if row.part == "commit" and row.covers(message.seq, committed_by)), None)
         return {
             "message_id": message.id,
             "chat_id": message.chat_id,
@@ -255,6 +257,7 @@ class TraceService:
             if chat is None:
                 raise message_not_found()
             [message] = rows
+            committed_by = await repository.find_worker(session, chat.id, message.seq)
             fanout = await repository.list_fanout(session, chat.id)
             senders = await users_repository.list_users(session, [message.sender_id])
             recipients: list[RecipientDetail] = []
@@ -272,6 +275,7 @@ class TraceService:
             "sender_id": message.sender_id,
             "sender": senders[0].username if senders else "",
             "committed_at": timestamp(message.created_at),
+            "committed_by": committed_by,
             "deleted_at": timestamp(message.deleted_at) if message.deleted_at else None,
             "last_seq": chat.last_seq,
             "pushed_seq": chat.pushed_seq,
@@ -283,7 +287,7 @@ class TraceService:
                     "first_seq": row.first_seq,
                     "last_seq": row.last_seq,
                     "at": timestamp(row.at),
-                    "covers": row.covers(message.seq),
+                    "covers": row.covers(message.seq, committed_by),
                 }
                 for row in fanout
             ],

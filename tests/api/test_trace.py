@@ -26,6 +26,7 @@ from app.db.repositories.chat_log import MessageRow
 from app.db.repositories.push import UnpushedChat
 from app.db.repositories.trace import FanoutRow, PhoneRow, PushRow
 from app.services.container import Services
+from app.services.fanout_marks import FanoutMarks
 from app.services.trace_service import FullTrace, RecipientDetail, TraceService
 from app.trace import lines_of
 from tests.conftest import StartServer
@@ -226,20 +227,24 @@ async def test_marks_are_those_that_the_readers_of_a_message_show(client: httpx.
     assert {one["user_id"] for one in recipients if one["delivered"]} == delivered_to == {bo.id, cy.id}
 
 
-async def told_to(sender: Person, message: Json) -> dict[str, Any]:
-    """All that the sender of a message can ask about it and about who is in its chat."""
-    chat = message["chat_id"]
-    asked = {
-        "trace": f"/messages/{message['id']}/trace",
-        "readers": f"/chats/{chat}/messages/{message['id']}/readers",
-        "members": f"/chats/{chat}/members",
-        "chat": f"/chats/{chat}",
-        "list": "/chats",
-        "history": f"/messages/history/{chat}",
-    }
-    told = {name: await sender.do("GET", path) for name, path in asked.items()}
-    told["trace"].pop("fanned_out")  # which others move: it is of the newest
-    told["events"] = [event for event in await sender.resume(chats={str(chat): 1}) if event.get("chat_id") == chat]
+async def told_to(sender: Person, *messages: Json) -> dict[str, Any]:
+    """All that their sender can ask about messages and about who is in their chats."""
+    chats = {message["chat_id"] for message in messages}
+    paths = [
+        "/chats",
+        *(f"/{path}/{chat}" for chat in chats for path in ("chats", "messages/history")),
+        *(f"/chats/{chat}/members" for chat in chats),
+        *(f"/chats/{message['chat_id']}/messages/{message['id']}/readers" for message in messages),
+    ]
+    told = {path: await sender.do("GET", path) for path in paths}
+    told["events"] = [
+        event
+        for event in await sender.resume(chats={str(chat): 1 for chat in chats})
+        if event["type"] in ("chat_changes", "reset", "synced")
+    ]
+    told["traces"] = [await trace_of(sender, message) for message in messages]
+    for trace in told["traces"]:
+        del trace["fanned_out"]  # it moves with what others say
     return told
 
 
@@ -263,16 +268,17 @@ async def test_nothing_that_the_sender_can_ask_tells_of_a_block(
             await until(ann, second[chat], lambda found: push_of(found, bo) == "sent")
         await until(ann, second[group], lambda found: push_of(found, cy) == "sent")
         messages = [*first.values(), *second.values()]
-        before = [await told_to(ann, message) for message in messages]
-        assert [one["trace"]["recipients"][0]["read"] for one in before] == [True, True, False, False]
+        before = await told_to(ann, *messages)
+        assert [trace["recipients"][0]["read"] for trace in before["traces"]] == [True, True, False, False]
+        assert {event["type"] for event in before["events"]} == {"chat_changes", "synced", "reset"}
 
         await blocker.block(blocked)
-        assert [await told_to(ann, message) for message in messages] == before
+        assert await told_to(ann, *messages) == before
         # In the personal chat marks move unseen; neither then nor after the block has ended does anything show it.
         await bo.read(second[personal])
-        assert [await told_to(ann, message) for message in messages] == before
+        assert await told_to(ann, *messages) == before
         await blocker.unblock(blocked)
-        assert [await told_to(ann, message) for message in messages] == before
+        assert await told_to(ann, *messages) == before
 
         # In a group what is sent across a block stands as it would with somebody who is away and has muted the chat.
         await blocker.block(blocked)
@@ -285,14 +291,15 @@ async def test_nothing_that_the_sender_can_ask_tells_of_a_block(
                     await asyncio.sleep(0.05)
             for marked in (False, True):
                 told = await told_to(ann, third)
-                of_bo, of_cy = ({**one, "user_id": 0, "read_at": None} for one in told["trace"]["recipients"])
+                of_bo, of_cy = ({**one, "user_id": 0, "read_at": None} for one in told["traces"][0]["recipients"])
                 assert of_bo == of_cy == {
                     "user_id": 0, "delivered": marked, "read": marked, "read_at": None,
                     "connected": False, "push": "none",
                 }  # fmt: skip
-                assert {one["user_id"] for one in told["readers"]["read_by"]} == ({bo.id, cy.id} if marked else set())
-                assert told["readers"]["delivered_to"] == ([bo.id, cy.id] if marked else [])
-                marks = {one["user_id"]: one["read_seq"] >= third["seq"] for one in told["members"]["items"]}
+                reached = {bo.id, cy.id} if marked else set()
+                assert await ann.readers(third) == (reached, reached)
+                members = told[f"/chats/{group}/members"]["items"]
+                marks = {one["user_id"]: one["read_seq"] >= third["seq"] for one in members}
                 assert marks == {ann.id: True, bo.id: marked, cy.id: marked}
                 if not marked:
                     for person in (bo, cy):
@@ -312,9 +319,9 @@ async def test_in_a_group_whose_log_tells_no_marks_a_block_takes_none_back(clien
     second = await ann.say(chat, TEXT)
     for reader in (bo, cy):
         await reader.read(second)
-    told = await told_to(ann, second)
-    assert {one["user_id"]: one["read"] for one in told["trace"]["recipients"]} == {bo.id: True, cy.id: True}
-    assert told["readers"]["delivered_to"] == [bo.id, cy.id]
+    recipients = (await trace_of(ann, second))["recipients"]
+    assert {one["user_id"]: one["read"] for one in recipients} == {bo.id: True, cy.id: True}
+    assert await ann.readers(second) == ({bo.id, cy.id}, {bo.id, cy.id})
 
 
 async def test_recipients_come_in_pages_and_a_page_takes_as_few_queries_whatever_its_length(
@@ -347,17 +354,57 @@ async def test_whose_sockets_let_it_out_is_not_told_to_the_sender(
     chat = await ann.group(bo)
     message = await ann.say(chat, TEXT)
     await services.fanout.store()
+    worker = services.fanout.worker
     now = services.clock.now().replace(tzinfo=None)
     async with services.database.writing() as session:
         await session.execute(text("DELETE FROM fanout_marks"))
-        await repository.save_fanout(session, [FanoutRow(chat, "w", "sockets", 1, message["seq"], now)])
+        await repository.save_fanout(session, [FanoutRow(chat, worker, "sockets", 1, message["seq"], now)])
     assert (await trace_of(ann, message))["fanned_out"] is None
-    # Nor is a run that began after it, or ended before it, one that holds it.
-    for first, last, told in ((message["seq"] + 1, 99, False), (1, 1, False), (message["seq"], 99, True)):
+    # Nor is a run that began after it, or ended before it, or is of a worker that did not commit it, one that holds it.
+    seq = message["seq"]
+    for name, first, last, told in (
+        (worker, seq + 1, 99, False),
+        (worker, 1, 1, False),
+        ("another", 1, 99, False),
+        (worker, seq, 99, True),
+    ):
         async with services.database.writing() as session:
             await session.execute(text("DELETE FROM fanout_marks"))
-            await repository.save_fanout(session, [FanoutRow(chat, "w", "commit", first, last, now)])
+            await repository.save_fanout(session, [FanoutRow(chat, name, "commit", first, last, now)])
         assert bool((await trace_of(ann, message))["fanned_out"]) == told
+    # And of a message from before workers had numbers nobody knows.
+    async with services.database.writing() as session:
+        await session.execute(text("UPDATE messages SET worker = NULL"))
+    assert (await trace_of(ann, message))["fanned_out"] is None
+
+
+async def test_of_workers_that_take_turns_in_a_chat_each_message_keeps_the_one_that_committed_it(
+    client: httpx.AsyncClient, services: Services, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ann, bo = await people(client, 2)
+    chat = await ann.group(bo)
+    names = {ann.id: services.fanout.worker, bo.id: "another"}
+    another = FanoutMarks(clock=services.clock, database=services.database, worker="another")
+    await another.take_number()
+    said: list[tuple[Person, Json]] = []
+    for _ in range(3):
+        said.append((ann, await ann.say(chat, TEXT)))
+        with monkeypatch.context() as patch:
+            patch.setattr(services.appender, "worker", lambda: another.number)
+            patch.setattr(services.sequencer, "_fanout", another)
+            said.append((bo, await bo.say(chat, TEXT)))
+        await services.fanout.store()
+        await another.store()
+    for person, message in said:
+        told = (await trace_of(person, message))["fanned_out"]
+        assert (told["worker"], told["up_to_seq"]) == (
+            names[person.id],
+            max(one["seq"] for sender, one in said if sender is person),
+        )
+    rows = "SELECT worker, part, COUNT(*) FROM fanout_marks WHERE chat_id = :id AND part = 'commit' GROUP BY 1, 2"
+    async with services.database.reading() as session:
+        marks = [tuple(row) for row in await session.execute(text(rows), {"id": chat})]
+    assert sorted(marks) == sorted((name, "commit", 1) for name in names.values())
 
 
 # --- push -------------------------------------------------------------------------------------------------------
@@ -506,6 +553,7 @@ async def test_the_operator_sees_mute_devices_and_answers_beside_the_server_and_
         assert (found["chat_id"], found["seq"], found["sender_id"]) == (chat, message["seq"], ann.id)
         assert found["sender"] == ann.account.username
         assert found["committed_at"] == message["created_at"]
+        assert found["committed_by"] == server.wait_for_log(NAMED).group(1)
         assert {run["part"] for run in found["fanout"] if run["covers"]} == {"commit"}  # nobody had a socket
         of_bo, of_cy, of_di = found["recipients"]
         assert (of_bo["username"], of_bo["muted"], of_bo["state"]) == (bo.account.username, False, "member")
@@ -523,7 +571,13 @@ async def test_the_operator_sees_mute_devices_and_answers_beside_the_server_and_
 
         table = await operator(pushing, message["id"])
         assert f"Message {message['id']}: seq {message['seq']} of chat {chat} (group)" in table
-        for word in (bo.account.username, "until 9999-12-31", "blocks sender", "dead (UnregisteredError)", "committed"):
+        for word in (
+            bo.account.username,
+            "until 9999-12-31",
+            "blocks sender",
+            "dead (UnregisteredError)",
+            found["committed_by"],
+        ):
             assert word in table, table
         assert token_bo not in table
         assert token_cy not in table
@@ -557,8 +611,8 @@ def test_a_device_named_in_control_characters_does_not_move_the_cursor_of_a_term
     }  # fmt: skip
     found: FullTrace = {
         "message_id": 1, "chat_id": 1, "chat_type": "group", "seq": 1, "message_type": "text", "sender_id": 1,
-        "sender": "ann", "committed_at": "-", "deleted_at": None, "last_seq": 1, "pushed_seq": 0, "push_is_on": False,
-        "fanout": [], "recipients": [recipient],
+        "sender": "ann", "committed_at": "-", "committed_by": None, "deleted_at": None, "last_seq": 1, "pushed_seq": 0,
+        "push_is_on": False, "fanout": [], "recipients": [recipient],
     }  # fmt: skip
     assert any("Pixel?[2J?" in line for line in lines_of(found))
     assert all(line.isprintable() for line in lines_of(found))

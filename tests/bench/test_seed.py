@@ -98,6 +98,12 @@ def test_every_table_comes_in_the_order_of_its_key(tables: dict[str, Table]) -> 
         assert keys == sorted(set(keys)), table
 
 
+def test_every_message_names_the_worker_that_the_trace_knows(tables: dict[str, Table]) -> None:
+    [worker] = tables["workers"]
+    assert {row["worker"] for row in tables["messages"]} == {worker["number"]}
+    assert {row["worker"] for row in tables["fanout_marks"]} == {worker["name"]}
+
+
 def test_seqs_and_versions_of_each_chat_are_dense(tables: dict[str, Table]) -> None:
     members = {chat_id: list(rows) for chat_id, rows in groupby(tables["chat_members"], lambda row: row["chat_id"])}
     messages = {chat_id: list(rows) for chat_id, rows in groupby(tables["messages"], lambda row: row["chat_id"])}

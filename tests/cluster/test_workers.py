@@ -223,6 +223,25 @@ async def test_a_trace_names_the_worker_that_committed_and_the_operator_sees_who
             assert runs == {(committer, "commit"), (names[0], "sockets"), (names[1], "sockets")}
 
 
+async def test_of_a_conversation_over_two_workers_every_message_keeps_the_one_that_committed_it(
+    scene: Scene, servers: tuple[Server, Server]
+) -> None:
+    chat_id = await scene.ann.personal(scene.bo)
+    names = [server.wait_for_log(r'"worker_named".*"worker":"([0-9a-f]{12})"').group(1) for server in servers]
+    said: list[tuple[Person, int, str]] = []
+    async with both_online(scene, servers) as (ann, bo):
+        for _ in range(3):
+            for socket, asker, name in ((ann, scene.ann_elsewhere, names[0]), (bo, scene.bo, names[1])):
+                sent = await socket.say(chat_id, "in turns")
+                await asyncio.gather(*(one.wait(type="new_message", chat_id=chat_id) for one in (ann, bo)))
+                said.append((asker, sent["message_id"], name))
+    async with asyncio.timeout(20):
+        for asker, message_id, name in said:
+            while not (told := (await asker.do("GET", f"/messages/{message_id}/trace"))["fanned_out"]):
+                pass
+            assert told["worker"] == name
+
+
 async def _runs(server: Server, message_id: int, folder: Path) -> set[tuple[str, str]]:
     """(worker, part) of all that the operator is told to have told of a message."""
     command = [sys.executable, "-m", "app", "trace", str(message_id), "--json"]

@@ -37,7 +37,7 @@ async def test_text_comes_back_as_it_went_in_and_never_ends_a_statement(services
                 7, number, number, number, 1, bytes([number] * 16), "text", nasty, nasty, None, None, None,
                 services.clock.now().replace(tzinfo=None), None, None,
             )  # fmt: skip
-            await repository.insert_messages(connection, [row])
+            await repository.insert_messages(connection, [row], 7)
             turned = row._replace(content=nasty[::-1], edited_at=row.created_at)
             if number % 2:
                 await repository.update_messages(connection, [turned])

@@ -51,30 +51,37 @@ def test_a_run_ends_at_the_newest_message_and_has_no_gap() -> None:
 
 
 @pytest.mark.parametrize(
-    ("before", "told", "after"),
+    ("part", "before", "told", "after"),
     [
-        ((5, 9), (10, 12), (5, 12)),
-        ((5, 9), (7, 12), (5, 12)),
-        ((5, 9), (3, 4), (3, 9)),
-        ((5, 9), (6, 7), (5, 9)),
-        ((5, 9), (1, 20), (1, 20)),
-        ((5, 9), (11, 12), (11, 12)),  # nobody told of 10
-        ((5, 9), (1, 3), (5, 9)),
+        ("sockets", (5, 9), (10, 12), (5, 12)),
+        ("sockets", (5, 9), (7, 12), (5, 12)),
+        ("sockets", (5, 9), (3, 4), (3, 9)),
+        ("sockets", (5, 9), (6, 7), (5, 9)),
+        ("sockets", (5, 9), (1, 20), (1, 20)),
+        ("sockets", (5, 9), (11, 12), (11, 12)),  # 10 never came here
+        ("sockets", (5, 9), (1, 3), (5, 9)),
+        ("commit", (5, 9), (10, 12), (5, 12)),
+        ("commit", (5, 9), (11, 12), (5, 12)),  # another worker committed 10
+        ("commit", (5, 9), (1, 3), (1, 9)),
     ],
 )
-async def test_runs_join_where_nothing_lies_between_in_memory_as_in_the_database(
-    database: Database, before: tuple[int, int], told: tuple[int, int], after: tuple[int, int]
+async def test_runs_join_in_memory_as_in_the_database_and_those_let_out_to_sockets_only_without_a_gap(
+    database: Database,
+    part: fanout_marks.Part,
+    before: tuple[int, int],
+    told: tuple[int, int],
+    after: tuple[int, int],
 ) -> None:
     earlier = fanout_marks.Run(*before, NOW)
     later = fanout_marks.Run(*told, NOW + timedelta(seconds=1))
-    joined = earlier.joined(later)
+    joined = earlier.joined(later, part)
     assert joined[:2] == after
     for run in (earlier, later):
         async with database.writing() as session:
-            await repository.save_fanout(session, [FanoutRow(1, "w", "commit", *run)])
+            await repository.save_fanout(session, [FanoutRow(1, "w", part, *run)])
     async with database.reading() as session:
         [row] = await repository.list_fanout(session, 1)
-    assert row == FanoutRow(1, "w", "commit", *joined)
+    assert row == FanoutRow(1, "w", part, *joined)
     assert (row.at == later.at) == (told[1] >= before[1])
 
 
@@ -248,6 +255,33 @@ async def test_a_thousand_rows_and_one_are_stored_as_few_statements(database: Da
             await repository.save_fanout(session, rows)
     assert len(seen) == 2
     assert await stored(database, repository.ROWS_MAX + 1) == [("w", "commit", 1, 1)]
+
+
+async def test_a_worker_that_the_database_refused_a_number_at_its_start_takes_one_later(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fanout_marks, "STORE_SECONDS", 0.01)
+    add, tries = repository.add_worker, 0
+
+    async def refuse_twice(*arguments: Any) -> int:
+        nonlocal tries
+        tries += 1
+        if tries <= 2:
+            raise Unavailable("database_unavailable", "Not now.")
+        return await add(*arguments)
+
+    monkeypatch.setattr(repository, "add_worker", refuse_twice)
+    marks = FanoutMarks(clock=ManualClock(), database=database, worker="w")
+    await marks.start()
+    marks.committed(sent(1, 1))
+    async with asyncio.timeout(20):
+        while marks.number is None:  # noqa: ASYNC110 - there is no event to wait for
+            await asyncio.sleep(0.01)
+    await marks.stop()
+    async with database.reading() as session:
+        [worker] = list(await session.execute(repository.WORKER.select()))
+    assert (worker.number, worker.name) == (marks.number, "w")
+    assert await stored(database) == [("w", "commit", 1, 1)]
 
 
 async def test_two_workers_store_marks_of_the_same_chats_at_once(database: Database) -> None:

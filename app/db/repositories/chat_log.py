@@ -46,7 +46,7 @@ _CHAT_NAMES = ", ".join(ChatRow._fields)
 
 
 class MessageRow(NamedTuple):
-    """A message as stored."""
+    """A message as stored, but for the worker that committed it, which only the delivery trace asks for."""
 
     chat_id: int
     seq: int
@@ -427,9 +427,9 @@ async def list_blocks(executor: Executor, pairs: Sequence[tuple[int, int]]) -> l
 # --- writing ----------------------------------------------------------------------------------------------------
 
 
-async def insert_messages(executor: Executor, rows: Sequence[MessageRow]) -> None:
-    """Insert new messages in one multi-row statement."""
-    await _insert(executor, "messages", MessageRow._fields, rows)
+async def insert_messages(executor: Executor, rows: Sequence[MessageRow], worker: int | None) -> None:
+    """Insert new messages in one multi-row statement; `worker`: number of this process."""
+    await _insert(executor, "messages", (*MessageRow._fields, "worker"), [(*row, worker) for row in rows])
 
 
 async def update_messages(executor: Executor, rows: Sequence[MessageRow]) -> None:

@@ -13,10 +13,22 @@ from typing import NamedTuple, cast
 from sqlalchemy import ColumnElement, Table, and_, delete, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from app.db.models import ChatMember, ChatSettings, FanoutMark, PushDevice, PushMark, Session, UserSettings
+from app.db.models import (
+    ChatMember,
+    ChatSettings,
+    FanoutMark,
+    Message,
+    PushDevice,
+    PushMark,
+    Session,
+    UserSettings,
+    Worker,
+)
 from app.db.repositories.chat_log import is_mysql
 from app.db.repositories.keys import in_order_of
 
+WORKER = cast(Table, Worker.__table__)
+MESSAGE = cast(Table, Message.__table__)
 FANOUT = cast(Table, FanoutMark.__table__)
 PUSHED = cast(Table, PushMark.__table__)
 MEMBER = cast(Table, ChatMember.__table__)
@@ -30,7 +42,7 @@ ROWS_MAX = 1000
 
 
 class FanoutRow(NamedTuple):
-    """A run of messages that a worker has told of."""
+    """The messages that a worker has told of: of its own ones (`commit`), or of all (`sockets`)."""
 
     chat_id: int
     worker: str
@@ -39,9 +51,9 @@ class FanoutRow(NamedTuple):
     last_seq: int
     at: datetime
 
-    def covers(self, seq: int) -> bool:
-        """Whether it told of this message."""
-        return self.first_seq <= seq <= self.last_seq
+    def covers(self, seq: int, committed_by: str | None) -> bool:
+        """Whether it told of this message of that worker's."""
+        return self.first_seq <= seq <= self.last_seq and (self.part != "commit" or self.worker == committed_by)
 
 
 class PushRow(NamedTuple):
@@ -90,9 +102,20 @@ class PhoneRow(NamedTuple):
 # --- writing marks ----------------------------------------------------------------------------------------------
 
 
+async def add_worker(session: AsyncSession, name: str, started_at: datetime) -> int:
+    """Number a process."""
+    row = Worker(name=name, started_at=started_at)
+    session.add(row)
+    await session.flush()
+    return row.number
+
+
 async def save_fanout(session: AsyncSession, rows: Sequence[FanoutRow]) -> None:
-    """Store runs, each joined to the one that is there if nothing lies between; else the newer one stays."""
-    joined = "({new}.first_seq <= {old}.last_seq + 1 AND {new}.last_seq >= {old}.first_seq - 1)"
+    """Store runs, each joined to the one that is there; of `sockets`, if nothing lies between, else the newer one
+    stays."""
+    joined = (
+        "({new}.part = 'commit' OR ({new}.first_seq <= {old}.last_seq + 1 AND {new}.last_seq >= {old}.first_seq - 1))"
+    )
     # In this order: MySQL assigns from left to right, and each looks at what is assigned after it.
     sets = {
         "at": "CASE WHEN {new}.last_seq >= {old}.last_seq THEN {new}.at ELSE {old}.at END",
@@ -166,6 +189,16 @@ async def delete_pushed(session: AsyncSession, session_ids: Sequence[int]) -> No
 
 
 # --- reading ----------------------------------------------------------------------------------------------------
+
+
+async def find_worker(session: AsyncSession, chat_id: int, seq: int) -> str | None:
+    """Name of the worker that committed a message; None when it is not known."""
+    result = await session.execute(
+        select(WORKER.c.name)
+        .select_from(MESSAGE.join(WORKER, WORKER.c.number == MESSAGE.c.worker))
+        .where(MESSAGE.c.chat_id == chat_id, MESSAGE.c.seq == seq)
+    )
+    return result.scalar_one_or_none()
 
 
 async def list_fanout(session: AsyncSession, chat_id: int) -> list[FanoutRow]:

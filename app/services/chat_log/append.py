@@ -66,7 +66,11 @@ ATTACHABLE: dict[SendableType, tuple[str, ...]] = {
 class Appender:
     """Appends changes; shared by the writer and by units of work."""
 
-    def __init__(self, rosters: RosterCache, clock: Clock, *, receipts_members_max: int) -> None:
+    def __init__(
+        self, rosters: RosterCache, clock: Clock, *, receipts_members_max: int, worker: Callable[[], int | None]
+    ) -> None:
+        """`worker`: the number of this process, once it has one."""
+        self.worker = worker
         self.rosters = rosters
         self.known = KnownChats()
         self.clock = clock
@@ -701,7 +705,7 @@ class _Batch:
         executor = self.executor
         changed = [draft for draft in self.drafts.values() if draft.changed]
         if new := [row for draft in changed for row in draft.new]:
-            await repository.insert_messages(executor, new)
+            await repository.insert_messages(executor, new, self.appender.worker())
         if self.attached:
             await repository.attach_files(executor, self.attached)
         if self.detached:
