@@ -11,7 +11,7 @@ from alembic import op
 from app.db.models import MICROSECONDS, ascii_binary
 
 revision = "0044"
-down_revision: str | None = "0040"
+down_revision: str | None = "0043"
 branch_labels = None
 depends_on = None
 

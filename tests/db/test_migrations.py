@@ -209,6 +209,8 @@ def test_chats_that_everybody_had_left_before_let_go_of_their_files_too(settings
         assert named == [2, 3]
         connection.execute(text("DELETE FROM chats"))
         connection.execute(text("DELETE FROM empty_chats"))
+
+
 def test_messages_that_are_there_get_no_worker_and_are_not_written_anew(settings: Settings, engine: Engine) -> None:
     migrate(settings, "base")
     migrate(settings, "0044")
