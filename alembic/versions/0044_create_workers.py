@@ -1,6 +1,6 @@
 """Create the table workers.
 
-Revision 0044, after 0040. 2026-11-29.
+Revision 0044, after 0043. 2026-11-29.
 """
 
 from __future__ import annotations
