@@ -21,8 +21,6 @@ from datetime import datetime, timedelta
 from pathlib import Path, PurePath
 from typing import BinaryIO, Self, cast
 
-import puremagic
-
 from app.core import metrics
 from app.core.clock import Clock, timestamp
 from app.core.config import Settings
@@ -44,6 +42,7 @@ from app.db.repositories import chat_log
 from app.db.repositories import files as repository
 from app.db.repositories.files import StoredFile
 from app.db.schemas import FileKind, UploadedFile
+from app.services.file_types import HEAD_BYTES, OCTETS, detect
 from app.services.image_service import ImageService, looks_like_image
 from app.services.rate_limiter import RateLimiter
 from app.services.storage import INCOMING, Storage, clear_incoming, new_key, reason_of, storage_failed
@@ -53,7 +52,6 @@ log = logging.getLogger(__name__)
 FLUSH_BYTES = 512 * 1024
 FLUSH_PIECES = 512
 """A body in tiny pieces must not weigh many times its size."""
-HEAD_BYTES = 8192
 NAME_BYTES_MAX = 255
 COLLECT_SECONDS = 60.0
 COLLECT_PAGE = 100
@@ -64,7 +62,6 @@ STOP_SECONDS = 1.0
 ABANDONED_SECONDS = 6 * 3600
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".png", ".gif", ".webp", ".svg", ".bmp", ".tif", ".tiff", ".ico"})
 THUMBNAIL_TYPE = "image/webp"
-OCTETS = "application/octet-stream"
 
 
 class Incoming:
@@ -229,11 +226,11 @@ class FileService:
         name = clean_name(name)
         now = self._clock.now().replace(tzinfo=None)
         path, size = incoming.path, incoming.size
-        media_type, kind = detect(incoming.head)
         width = height = blurhash = thumbnail_size = None
         if looks_like_image(incoming.head):
             decoded = await self._images.photo(user_id, incoming.path, incoming.target)
-            path, kind, media_type = incoming.target, "image", decoded.media_type
+            path, media_type = incoming.target, decoded.media_type
+            kind: FileKind = "image"
             width, height, blurhash = decoded.width, decoded.height, decoded.blurhash
             size, digest, thumbnail_size = await asyncio.to_thread(
                 _measure, path, incoming.copy(repository.THUMBNAIL_EDGE)
@@ -242,6 +239,8 @@ class FileService:
             raise BadInput(
                 "invalid_image", "This is not an image of a known kind (JPEG, PNG, GIF, WebP).", field="file"
             )
+        else:
+            media_type, kind = await asyncio.to_thread(_detect, path)
         key = new_key()
         parts = {key: path}
         if thumbnail_size is not None:
@@ -421,21 +420,6 @@ class FileService:
             log.warning("files_not_deleted", extra={"files": len(kept), "file_id": file_id, "error": reason})
 
 
-def detect(head: bytes) -> tuple[str, FileKind]:
-    """Media type and kind of a file, by its first bytes. Images are told by decoding them."""
-    try:
-        media_type = puremagic.from_string(head, mime=True).lower()
-    except (puremagic.PureError, ValueError):
-        return OCTETS, "file"
-    if media_type.startswith("video/"):
-        return media_type, "video"
-    if media_type.startswith("audio/"):
-        return media_type, "audio"
-    if media_type.startswith("image/") or "/" not in media_type or not media_type.isascii() or len(media_type) > 127:
-        return OCTETS, "file"
-    return media_type, "file"
-
-
 def clean_name(name: str) -> str:
     """A name for people: the last part of a path, with no controls in it, and short."""
     last = name.replace("\\", "/").rsplit("/", 1)[-1]
@@ -450,6 +434,11 @@ def clean_name(name: str) -> str:
 
 def _thumbnail_key(key: str) -> str:
     return f"{key}.{repository.THUMBNAIL_EDGE}"
+
+
+def _detect(path: Path) -> tuple[str, FileKind]:
+    with path.open("rb", 0) as file:
+        return detect(file)
 
 
 def _measure(path: Path, thumbnail: Path) -> tuple[int, bytes, int]:

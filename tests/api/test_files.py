@@ -22,9 +22,9 @@ from app.core.errors import TooManyRequests
 from app.db.models import Attachment, EmptyChat, File
 from app.services import file_service
 from app.services.container import Services
-from app.services.file_service import detect
 from tests.support.images import animation, image, photo_with_place
 from tests.support.people import Json, Person, people
+from tests.support.servers import ROOT
 
 MP4 = b"\x00\x00\x00\x20ftypisom\x00\x00\x02\x00isomiso2avc1mp41" + os.urandom(4096)
 MP3 = b"ID3\x04\x00\x00\x00\x00\x00\x00" + os.urandom(2048)
@@ -111,6 +111,25 @@ async def test_what_does_not_go_together_is_refused(client: httpx.AsyncClient) -
     assert await ann.refused("POST", path, {"content": "x", "message_type": "image"}) == (422, "attachment_mismatch")
     assert await ann.refused("POST", path, {}) == (422, "message_empty")
     assert (await ann.chat(chat_id))["last_seq"] == 0
+
+
+async def test_what_phones_and_browsers_record_can_be_sent_as_what_it_is(client: httpx.AsyncClient) -> None:
+    ann, bo = await people(client, 2)
+    chat_id = await ann.personal(bo)
+    sound = ["aac.mp4", "amr.3gp", "voice.aac", "opus.ogg", "opus.webm", "aac.m4a", "bare.mp3"]
+    films = ["film.mp4", "film.3gp", "film.webm"]
+    for name, kind, other, claims in [
+        *((name, "audio", "video", "video/mp4") for name in sound),
+        *((name, "video", "audio", "audio/mp4") for name in films),
+    ]:
+        data = (ROOT / "tests" / "files" / "media" / name).read_bytes()
+        file = await ann.upload(data, "recorded", claims)  # what its sender says of it decides nothing
+        message = await ann.send_files(chat_id, kind, file)
+        assert message["attachments"][0]["media_type"].startswith(f"{kind}/"), name
+        body = {"message_type": other, "attachments": [file["file_id"]]}
+        assert await ann.refused("POST", f"/chats/{chat_id}/messages", body) == (422, "attachment_mismatch"), name
+        answer = await bo.fetch(file["file_id"])
+        assert (answer.content, answer.headers["content-type"]) == (data, "application/octet-stream")
 
 
 async def test_only_who_may_see_the_message_may_fetch_its_file(client: httpx.AsyncClient) -> None:
@@ -269,12 +288,6 @@ async def test_ranges_and_caches_are_served_as_http_has_it(client: httpx.AsyncCl
 def test_a_range_of_an_empty_file_is_empty() -> None:
     assert byte_range("bytes=0-", 0) == (0, 0)
     assert byte_range("bytes=-5", 0) == (0, 0)
-
-
-def test_a_file_is_told_by_its_content() -> None:
-    assert detect(MP4) == ("video/mp4", "video")
-    assert detect(MP3)[1] == "audio"
-    assert detect(b"") == ("application/octet-stream", "file")
 
 
 # --- collecting -------------------------------------------------------------------------------------------------
