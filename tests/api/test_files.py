@@ -260,7 +260,6 @@ async def test_ranges_and_caches_are_served_as_http_has_it(client: httpx.AsyncCl
     whole = await ann.fetch(file_id)
     etag = whole.headers["etag"]
     assert whole.headers["accept-ranges"] == "bytes"
-    assert "immutable" in whole.headers["cache-control"]
     for asked, start, end in [
         ("bytes=0-0", 0, 1),
         ("bytes=10-99", 10, 100),
@@ -283,6 +282,24 @@ async def test_ranges_and_caches_are_served_as_http_has_it(client: httpx.AsyncCl
     assert (await ann.fetch(file_id, **{"If-None-Match": '"x"'})).status_code == 200
     assert (await ann.fetch(file_id, Range="bytes=0-9", **{"If-Range": etag})).status_code == 206
     assert (await ann.fetch(file_id, Range="bytes=0-9", **{"If-Range": '"x"'})).status_code == 200
+
+
+async def test_what_a_browser_keeps_of_a_file_is_asked_for_again_by_whoever_wants_it(client: httpx.AsyncClient) -> None:
+    ann, bo = await people(client, 2)
+    group = await ann.group(bo)
+    file = await ann.upload(image(size=(900, 500)), "a.png")
+    await ann.send_files(group, "image", file)
+    for suffix in ("", "/thumbnail"):
+        kept = await bo.fetch(file["file_id"], suffix)
+        again = await bo.fetch(file["file_id"], suffix, **{"If-None-Match": kept.headers["etag"]})
+        assert (again.status_code, again.content) == (304, b"")
+        for answer in (kept, again):
+            assert answer.headers["cache-control"] == "private, no-cache"
+            assert answer.headers["vary"] == "Authorization"
+    await ann.remove(group, bo)
+    for header in ({}, {"If-None-Match": "*"}):
+        answer = await bo.fetch(file["file_id"], **header)
+        assert (answer.status_code, answer.headers["cache-control"]) == (404, "no-store")
 
 
 def test_a_range_of_an_empty_file_is_empty() -> None:

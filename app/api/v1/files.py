@@ -81,8 +81,8 @@ async def fetch_file(
 ) -> Response:
     """The bytes of a file: for its owner, and for the members of a chat where a message holds it.
 
-    Images can be shown; everything else comes as `application/octet-stream` for saving. A file never changes, so
-    it may be cached for ever. 404 `file_not_found`.
+    Images can be shown; everything else comes as `application/octet-stream` for saving. Keep what you have and
+    ask with `If-None-Match`: 304 while you may see it. 404 `file_not_found`.
     """
     content = await services.files.find(caller.user_id, file_id)
     return await _respond(services, content, conditions)
@@ -124,7 +124,10 @@ async def _respond(services: ServicesDep, content: Content, conditions: Conditio
     headers = {
         "ETag": content.etag,
         "Accept-Ranges": "bytes",
-        "Cache-Control": "private, max-age=31536000, immutable",
+        # Asked for again each time: who may see it changes, people share browsers, and a server that was restored
+        # from a backup gives ids a second time.
+        "Cache-Control": "private, no-cache",
+        "Vary": "Authorization",
         "Content-Disposition": disposition(content.file.name, inline=content.inline),
         "Content-Security-Policy": "sandbox; default-src 'none'; frame-ancestors 'none'",
         "X-Content-Type-Options": "nosniff",
