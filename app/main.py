@@ -90,7 +90,7 @@ def create_app(settings: Settings | None = None, clock: Clock | None = None) -> 
         docs_pages.install(app)
     build_routes(app)
     generate = app.openapi
-    # FastAPI's way to extend it. Once: it is asked for by every answer of 405, too.
+    # FastAPI's way to extend it. Once: FastAPI hands out the same document every time.
     app.openapi = functools.cache(  # type: ignore[method-assign]
         lambda: examples.describe(webhooks.describe(problems.describe(generate())))
     )

@@ -58,6 +58,7 @@ PROBLEM_EXAMPLES = {
     "peer_blocked": ProblemExample(403, "You have blocked this person; unblock them first."),
     "peer_unavailable": ProblemExample(403, "This person cannot be reached."),
     "phone_taken": ProblemExample(409, "There is an account with this phone already.", "phone"),
+    "precondition_failed": ProblemExample(412, "The file has none of these ETags."),
     "query_too_short": ProblemExample(422, "Search for at least 3 characters.", "q"),
     "quota_exceeded": ProblemExample(403, "All your files together may have 10737418240 bytes."),
     "range_not_satisfiable": ProblemExample(416, "The range begins behind the end of the file."),

@@ -14,6 +14,7 @@ from typing import Annotated, Any, NotRequired
 import orjson
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from fastapi.routing import iter_route_contexts
 from pydantic import Field, TypeAdapter
 from starlette.datastructures import FormData
 from starlette.exceptions import HTTPException
@@ -322,12 +323,11 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
 
 def _allowed_methods(request: Request) -> list[str]:
     """All methods of a path; Starlette names those of the first route with this path only."""
-    allowed: set[str] = set()
-    for template, operations in request.app.openapi()["paths"].items():
-        for operation in operations.values():
-            for parameter in operation.get("parameters", ()):
-                if parameter["in"] == "path" and parameter["schema"].get("type") == "integer":
-                    template = template.replace(f"{{{parameter['name']}}}", f"{{{parameter['name']}:int}}")
-        if compile_path(template)[0].match(request.url.path):
-            allowed.update(method.upper() for method in operations)
-    return sorted(allowed)
+    return sorted(
+        {
+            method
+            for route in iter_route_contexts(request.app.routes)
+            if route.path is not None and compile_path(route.path)[0].match(request.url.path)
+            for method in route.methods or ()
+        }
+    )

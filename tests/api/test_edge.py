@@ -240,7 +240,11 @@ async def test_an_unknown_path_is_a_problem(client: httpx.AsyncClient) -> None:
 async def test_a_wrong_method_is_told_which_are_right(client: httpx.AsyncClient) -> None:
     response = await client.put("/api/v1/users/me")
     assert_problem(response, 405, "method_not_allowed")
-    assert {"GET", "PATCH"} <= set(response.headers["allow"].split(", "))
+    assert response.headers["allow"] == "GET, PATCH"
+    for path in ("/files/1", "/files/1/thumbnail", "/avatars/1-" + "0" * 32):
+        answer = await client.put(f"/api/v1{path}")
+        assert_problem(answer, 405, "method_not_allowed")
+        assert {"GET", "HEAD"} <= set(answer.headers["allow"].split(", "))
 
 
 async def test_no_token_is_a_problem_that_names_the_scheme(client: httpx.AsyncClient) -> None:

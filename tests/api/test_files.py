@@ -22,9 +22,10 @@ from app.core.errors import TooManyRequests
 from app.db.models import Attachment, EmptyChat, File
 from app.services import file_service
 from app.services.container import Services
+from tests.conftest import StartServer
 from tests.support.images import animation, image, photo_with_place
 from tests.support.people import Json, Person, people
-from tests.support.servers import ROOT
+from tests.support.servers import ROOT, Door, Server
 
 MP4 = b"\x00\x00\x00\x20ftypisom\x00\x00\x02\x00isomiso2avc1mp41" + os.urandom(4096)
 MP3 = b"ID3\x04\x00\x00\x00\x00\x00\x00" + os.urandom(2048)
@@ -297,9 +298,86 @@ async def test_what_a_browser_keeps_of_a_file_is_asked_for_again_by_whoever_want
             assert answer.headers["cache-control"] == "private, no-cache"
             assert answer.headers["vary"] == "Authorization"
     await ann.remove(group, bo)
-    for header in ({}, {"If-None-Match": "*"}):
+    for header in ({"If-None-Match": "*"}, {"If-Match": "*"}, {"If-Match": '"x"'}):
         answer = await bo.fetch(file["file_id"], **header)
         assert (answer.status_code, answer.headers["cache-control"]) == (404, "no-store")
+
+
+async def test_a_condition_that_does_not_hold_is_told_before_a_range_is_looked_at(client: httpx.AsyncClient) -> None:
+    [ann] = await people(client, 1)
+    file_id = (await ann.upload(b"0123456789"))["file_id"]
+    etag = (await ann.fetch(file_id)).headers["etag"]
+    for good in (etag, "*", f'"x", {etag}', f'"a,b",{etag}'):
+        assert (await ann.fetch(file_id, **{"If-Match": good})).status_code == 200, good
+        assert (await ann.fetch(file_id, Range="bytes=2-3", **{"If-Match": good})).content == b"23", good
+    for bad in ('"x"', f"W/{etag}", etag.strip('"'), "", '"x", "y"'):
+        for rest in ({}, {"Range": "bytes=0-1"}, {"Range": "bytes=99-"}, {"If-None-Match": etag}):
+            answer = await ann.fetch(file_id, **{"If-Match": bad, **rest})
+            assert (answer.status_code, answer.json()["code"]) == (412, "precondition_failed"), (bad, rest)
+            assert answer.headers["content-type"] == "application/problem+json"
+    both = {"If-Match": etag, "If-None-Match": f'W/"x", W/{etag}'}
+    assert (await ann.fetch(file_id, Range="bytes=99-", **both)).status_code == 304
+
+
+@pytest.mark.parametrize("door", ["tuned", "plain"])
+async def test_head_answers_as_get_does_but_without_a_body(
+    settings: Settings, start_server: StartServer, door: Door
+) -> None:
+    server = start_server(settings, door)
+    async with server.client() as client:
+        [ann] = await people(client, 1)
+        file = await ann.upload(image(size=(900, 500)), "a.png")
+        picture = (await ann.try_upload(image(), "a.png", "image/png", "/users/me/avatar")).json()["avatar_url"]
+        path = f"/api/v1/files/{file['file_id']}"
+        etag = (await ann.fetch(file["file_id"])).headers["etag"]
+        for address, headers, status in [
+            (path, {}, 200),
+            (f"{path}/thumbnail", {}, 200),
+            (picture, {}, 200),
+            (f"{picture}?size=small", {}, 200),
+            (path, {"If-None-Match": etag}, 304),
+            (path, {"If-Match": '"x"'}, 412),
+            ("/api/v1/files/999999", {}, 404),
+            (f"{picture[:-4]}0000", {}, 404),
+            (f"{picture}?size=x", {}, 422),
+        ]:
+            got = await client.get(address, headers={**ann.account.headers, **headers})
+            head, body = await exchange(server, "HEAD", address, {**ann.account.headers, **headers})
+            assert (got.status_code, head[""], body) == (status, str(status), b""), address
+            for changing in ("date", "x-request-id", "connection"):
+                assert head.pop(changing, "") or changing != "date"
+                got.headers.pop(changing, "")
+            del head[""]
+            assert head == dict(got.headers), address
+        head, body = await exchange(server, "HEAD", path, {**ann.account.headers, "Range": "bytes=0-1"})
+        assert (head[""], head["content-length"], body) == ("200", str(file["size"]), b"")  # only a GET has ranges
+
+
+async def exchange(server: Server, method: str, path: str, headers: dict[str, str]) -> tuple[dict[str, str], bytes]:
+    """All that a server sends back until it hangs up: the headers, their status under "", and the rest."""
+    host, port = server.url.removeprefix("http://").split(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    lines = [f"{method} {path} HTTP/1.1", f"Host: {host}", "Connection: close"]
+    lines += [f"{name}: {value}" for name, value in headers.items()]
+    writer.write("\r\n".join([*lines, "", ""]).encode())
+    head, _, body = (await reader.read()).partition(b"\r\n\r\n")
+    writer.close()
+    await writer.wait_closed()
+    first, *fields = head.decode().split("\r\n")
+    found = {name.lower(): value for name, value in (field.split(": ", 1) for field in fields)}
+    return {"": first.split()[1], **found}, body
+
+
+async def test_a_head_of_a_file_whose_bytes_are_gone_does_not_promise_them(
+    client: httpx.AsyncClient, settings: Settings
+) -> None:
+    [ann] = await people(client, 1)
+    file = await ann.upload(b"data")
+    for path in on_disk(settings):
+        path.unlink()
+    for method in ("GET", "HEAD"):
+        answer = await client.request(method, f"/api/v1/files/{file['file_id']}", headers=ann.account.headers)
+        assert answer.status_code == 404
 
 
 def test_a_range_of_an_empty_file_is_empty() -> None:

@@ -25,6 +25,7 @@ AvatarName = Annotated[
 ]
 
 
+@router.head("/avatars/{avatar}", include_in_schema=False)
 @router.get(
     "/avatars/{avatar}",
     summary="Fetch an avatar",
@@ -38,19 +39,24 @@ AvatarName = Annotated[
     },
 )
 async def fetch_avatar(
+    request: Request,
     services: ServicesDep,
     avatar: AvatarName,
     size: Annotated[Literal["large", "small"], Query(description="640 or 160 pixels square.")] = "large",
 ) -> Response:
-    """A picture, 640 pixels square, or 160 with `size=small`; for ever the same. 404 `file_not_found`."""
+    """A picture, 640 pixels square, or 160 with `size=small`; for ever the same. `HEAD` answers without it.
+
+    404 `file_not_found`.
+    """
+    data = await services.avatars.load(avatar, small=size == "small")
     headers = {
+        "Content-Length": str(len(data)),
         "Cache-Control": "public, max-age=31536000, immutable",
         "Content-Disposition": "inline",
         "Content-Security-Policy": "sandbox; default-src 'none'; frame-ancestors 'none'",
         "Cross-Origin-Resource-Policy": "cross-origin",
     }
-    data = await services.avatars.load(avatar, small=size == "small")
-    return Response(data, headers=headers, media_type="image/webp")
+    return Response(b"" if request.method == "HEAD" else data, headers=headers, media_type="image/webp")
 
 
 @router.post(

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 from urllib.parse import quote
 
-from fastapi import APIRouter, Depends, Header, Path
+from fastapi import APIRouter, Depends, Header, Path, Request
 from starlette.responses import Response, StreamingResponse
 
 from app.api.deps import CallerDep, ServicesDep
@@ -25,6 +25,7 @@ router = APIRouter(prefix="/files", tags=["Files"])
 
 FileId = Annotated[int, Path(ge=1, le=MAX_ID, description="`file_id` of an attachment.", examples=[7])]
 RANGE = re.compile(r"bytes=(?:(\d{1,15})-(\d{0,15})|-(\d{1,15}))")
+ETAG = re.compile(r'(W/)?("[^"]*")')
 
 WEBP = "image/webp"
 
@@ -35,7 +36,7 @@ def _responses(*media_types: str) -> dict[int | str, dict[str, Any]]:
         200: {"description": "The whole file.", "content": content},
         206: {"description": "The range asked for.", "content": content},
         304: {"description": "What the client has is the same."},
-        **problems("range_not_satisfiable", "storage_unavailable"),
+        **problems("precondition_failed", "range_not_satisfiable", "storage_unavailable"),
     }
 
 
@@ -45,6 +46,7 @@ class Conditions:
 
     range: str | None
     if_range: str | None
+    if_match: str | None
     if_none_match: str | None
 
 
@@ -56,17 +58,21 @@ async def get_conditions(
         str | None,
         Header(alias="If-Range", description="The range only if the file still has this `ETag`; else all of it."),
     ] = None,
+    if_match: Annotated[
+        str | None, Header(alias="If-Match", description="412 unless the file still has one of these `ETag`s.")
+    ] = None,
     if_none_match: Annotated[
         str | None, Header(alias="If-None-Match", description="304 if the file still has one of these `ETag`s.")
     ] = None,
 ) -> Conditions:
     """The headers of a conditional request."""
-    return Conditions(range_header, if_range, if_none_match)
+    return Conditions(range_header, if_range, if_match, if_none_match)
 
 
 ConditionsDep = Annotated[Conditions, Depends(get_conditions)]
 
 
+@router.head("/{file_id:int}", include_in_schema=False)
 @router.get(
     "/{file_id:int}",
     summary="Fetch a file",
@@ -74,6 +80,7 @@ ConditionsDep = Annotated[Conditions, Depends(get_conditions)]
     responses=_responses("application/octet-stream", "image/jpeg", "image/png", "image/gif", WEBP),
 )
 async def fetch_file(
+    request: Request,
     services: ServicesDep,
     caller: CallerDep,
     file_id: FileId,
@@ -81,13 +88,14 @@ async def fetch_file(
 ) -> Response:
     """The bytes of a file: for its owner, and for the members of a chat where a message holds it.
 
-    Images can be shown; everything else comes as `application/octet-stream` for saving. Keep what you have and
-    ask with `If-None-Match`: 304 while you may see it. 404 `file_not_found`.
+    Images can be shown; everything else comes as `application/octet-stream` for saving. `HEAD` answers the same
+    without the bytes. Keep what you have and ask with `If-None-Match`: 304 while you may see it. 404 `file_not_found`.
     """
     content = await services.files.find(caller.user_id, file_id)
-    return await _respond(services, content, conditions)
+    return await _respond(request, services, content, conditions)
 
 
+@router.head("/{file_id:int}/thumbnail", include_in_schema=False)
 @router.get(
     "/{file_id:int}/thumbnail",
     summary="Fetch a thumbnail",
@@ -95,6 +103,7 @@ async def fetch_file(
     responses=_responses(WEBP),
 )
 async def fetch_thumbnail(
+    request: Request,
     services: ServicesDep,
     caller: CallerDep,
     file_id: FileId,
@@ -102,7 +111,7 @@ async def fetch_thumbnail(
 ) -> Response:
     """A smaller copy of an image, in WebP, 320 pixels along its longer edge. 404 `file_not_found`."""
     content = await services.files.find(caller.user_id, file_id, thumbnail=True)
-    return await _respond(services, content, conditions)
+    return await _respond(request, services, content, conditions)
 
 
 @router.delete(
@@ -120,7 +129,8 @@ async def delete_file(services: ServicesDep, caller: CallerDep, file_id: FileId)
     await services.files.delete(caller.user_id, file_id)
 
 
-async def _respond(services: ServicesDep, content: Content, conditions: Conditions) -> Response:
+async def _respond(request: Request, services: ServicesDep, content: Content, conditions: Conditions) -> Response:
+    is_head = request.method == "HEAD"
     headers = {
         "ETag": content.etag,
         "Accept-Ranges": "bytes",
@@ -132,11 +142,15 @@ async def _respond(services: ServicesDep, content: Content, conditions: Conditio
         "Content-Security-Policy": "sandbox; default-src 'none'; frame-ancestors 'none'",
         "X-Content-Type-Options": "nosniff",
     }
-    known, asked, if_range = conditions.if_none_match, conditions.range, conditions.if_range
-    if known is not None and (known.strip() == "*" or content.etag in known):
+    # In the order of RFC 9110 section 13.2.2.
+    if conditions.if_match is not None and not _names(conditions.if_match, content.etag, weakly=False):
+        return problem(412, "precondition_failed", "The file has none of these ETags.")
+    if conditions.if_none_match is not None and _names(conditions.if_none_match, content.etag, weakly=True):
         return Response(status_code=304, headers=headers)
     start, end, status = 0, content.size, 200
-    if asked is not None and (if_range is None or if_range.strip() == content.etag):
+    asked, if_range = conditions.range, conditions.if_range
+    # Only a GET has ranges (section 14.2).
+    if asked is not None and not is_head and (if_range is None or if_range.strip() == content.etag):
         found = byte_range(asked, content.size)
         if found is not None:
             start, end = found
@@ -150,13 +164,22 @@ async def _respond(services: ServicesDep, content: Content, conditions: Conditio
             status = 206
             headers["Content-Range"] = f"bytes {start}-{end - 1}/{content.size}"
     headers["Content-Length"] = str(end - start)
-    pieces = services.files.read(content, start, end)
+    pieces = services.files.read(content, start, start + 1 if is_head else end)
     try:
         first = await anext(pieces, b"")
+        if is_head:
+            await anext(pieces, b"")  # and so it is closed
     except FileNotFoundError:
         log.error("file_bytes_missing", extra={"file_id": content.file.id})
         raise file_not_found() from None
+    if is_head:
+        return Response(status_code=status, headers=headers, media_type=content.media_type)
     return StreamingResponse(_chain(first, pieces), status, headers, media_type=content.media_type)
+
+
+def _names(header: str, etag: str, *, weakly: bool) -> bool:
+    """Whether a list of ETags has this one in it; a weak one is the same as a strong one only `weakly`."""
+    return header.strip() == "*" or any(tag == etag and (weakly or not weak) for weak, tag in ETAG.findall(header))
 
 
 async def _chain(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
