@@ -44,6 +44,12 @@ access_log = logging.getLogger("app.access")
 
 REQUEST_ID = "X-Request-ID"
 API = "/api/v1"
+ASKED_WITH = ("Authorization", "Content-Type", "If-Match", "If-None-Match", "If-Range", "Range", REQUEST_ID)
+ANSWERED_WITH = (
+    *("Accept-Ranges", "Content-Disposition", "Content-Length", "Content-Range", "ETag"),
+    *("Retry-After", "WWW-Authenticate", REQUEST_ID),
+)
+"""Headers that pages of other origins may send, and those that they may read."""
 SANE_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 QUIET_PATHS = ("/health/", "/metrics")
 """Asked every few seconds by machines: logged only when they fail."""
@@ -63,9 +69,9 @@ def middleware(settings: Settings, clock: Clock, admission: Admission) -> list[M
                 CORSMiddleware,
                 allow_origins=settings.allowed_origins,
                 allow_credentials=False,  # we use no cookies, and so no page can borrow a visitor's
-                allow_methods=["GET", "POST", "PUT", "PATCH", "DELETE"],
-                allow_headers=["Authorization", "Content-Type", REQUEST_ID],
-                expose_headers=[REQUEST_ID, "Retry-After"],
+                allow_methods=["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"],
+                allow_headers=ASKED_WITH,
+                expose_headers=ANSWERED_WITH,
                 max_age=600,
             )
         )

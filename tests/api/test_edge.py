@@ -24,6 +24,7 @@ from app.main import create_app
 from app.services.container import Services
 from tests.conftest import StartServer
 from tests.support.accounts import new_person, register
+from tests.support.people import people
 from tests.support.secrets import check_log, plant
 from tests.support.servers import Door, Server
 
@@ -595,6 +596,52 @@ async def test_an_allowed_origin_may_ask_first(client: httpx.AsyncClient) -> Non
     assert response.status_code == 200
     assert response.headers["access-control-allow-origin"] == ORIGIN
     assert "PATCH" in response.headers["access-control-allow-methods"]
+
+
+@pytest.mark.settings(allowed_origins=[ORIGIN])
+async def test_an_allowed_origin_may_send_every_header_that_an_operation_takes(
+    app: FastAPI, client: httpx.AsyncClient
+) -> None:
+    taken = {("head", "/api/v1/files/{file_id}"): ["If-Match", "If-None-Match"]}  # not in the document
+    for key, operation in operations(app).items():
+        headers = [one["name"] for one in operation.get("parameters", ()) if one["in"] == "header"]
+        taken[key] = [*headers, "Authorization", "Content-Type", "X-Request-ID"]
+    assert {"Range", "If-Range", "If-Match", "If-None-Match"} < set(taken["get", "/api/v1/files/{file_id}"])
+    for (method, path), headers in taken.items():
+        asked = {
+            "Origin": ORIGIN,
+            "Access-Control-Request-Method": method.upper(),
+            "Access-Control-Request-Headers": ",".join(sorted(name.lower() for name in headers)),
+        }
+        answer = await client.options(re.sub(r"{\w+}", "1", path), headers=asked)
+        assert (answer.status_code, answer.text) == (200, "OK"), (method, path)
+        allowed = {name.lower() for name in answer.headers["access-control-allow-headers"].split(", ")}
+        assert {name.lower() for name in headers} <= allowed
+
+
+@pytest.mark.settings(allowed_origins=[ORIGIN])
+async def test_an_allowed_origin_may_read_every_header_that_tells_something(
+    app: FastAPI, client: httpx.AsyncClient
+) -> None:
+    [ann] = await people(client, 1)
+    file = await ann.upload(b"data", "a.txt")
+    answer = await ann.fetch(file["file_id"], Origin=ORIGIN, Range="bytes=0-1")
+    assert answer.status_code == 206
+    assert answer.headers["vary"].lower().split(", ") == ["authorization", "origin"]
+    exposed = {name.strip().lower() for name in answer.headers["access-control-expose-headers"].split(",")}
+    documented = {
+        name.lower()
+        for operation in operations(app).values()
+        for response in operation["responses"].values()
+        for name in response.get("headers", ())
+    }
+    readable = {"cache-control", "content-type"}  # by every page (Fetch, "CORS-safelisted response-header name")
+    for_browsers = {"content-security-policy", "cross-origin-resource-policy", "referrer-policy", "vary"}
+    for_browsers |= {"strict-transport-security", "x-content-type-options"}
+    sent = {name for name in answer.headers if not name.startswith("access-control-")} - for_browsers - readable
+    assert {"etag", "content-range", "accept-ranges", "content-disposition", "content-length"} <= sent
+    assert {"retry-after", "www-authenticate"} <= documented
+    assert sent | documented <= exposed
 
 
 @pytest.mark.settings(allowed_origins=[ORIGIN])
