@@ -56,9 +56,9 @@ BulkCallerDep = Annotated[Caller, Depends(take_turn, scope="function")]
 """The caller of a route that is refused first when there is too much to do; see `problems("overloaded")`."""
 
 
-async def get_uow(services: ServicesDep) -> AsyncIterator[UnitOfWork]:
-    """A unit of work that commits before the answer leaves."""
-    async with services.unit_of_work() as uow:
+async def get_uow(services: ServicesDep, caller: CallerDep) -> AsyncIterator[UnitOfWork]:
+    """A unit of work of the caller's, one at a time, that commits before the answer leaves."""
+    async with services.unit_of_work.of(caller.user_id) as uow:
         yield uow
 
 

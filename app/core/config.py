@@ -295,8 +295,14 @@ class Settings(BaseSettings):
     limit_small_frames_per_second: int = Field(
         1000, ge=0, description="Pings, pongs and fragments a second from one socket; beyond, it is closed (4429)."
     )
-    limit_messages_per_second: float = Field(20, ge=0, description="Messages a second from one account.")
-    limit_messages_burst: int = Field(100, ge=1, description="Messages an account may send at once.")
+    limit_messages_per_second: float = Field(
+        20, ge=0, description="Messages, edits, deletions and changes of groups a second from one account."
+    )
+    limit_messages_burst: int = Field(100, ge=1, description="So many of an account at once.")
+    limit_presence_per_second: float = Field(
+        2, ge=0, description="Lists of people to watch a second from one account (`subscribe_presence`)."
+    )
+    limit_presence_burst: int = Field(20, ge=1, description="So many of an account at once.")
     limit_resets_per_minute: float = Field(
         5, ge=0, description="Times a minute that one account is brought all its chats afresh; a part counts as such."
     )

@@ -361,7 +361,7 @@ class AuthService:
 
     async def end_session(self, caller: Caller, session_id: int) -> None:
         """Log one of the caller's devices out. Raises NotFound when it is none of theirs, or gone."""
-        async with self.unit_of_work() as uow:
+        async with self.unit_of_work.of(caller.user_id) as uow:
             row = await session_repository.lock_session(uow.session, session_id)
             if row is None or row.user_id != caller.user_id or not row.is_alive(self._now()):
                 raise NotFound("session_not_found", "There is no such session.")
@@ -369,7 +369,7 @@ class AuthService:
 
     async def end_other_sessions(self, caller: Caller) -> None:
         """Log all of the caller's devices out but this one."""
-        async with self.unit_of_work() as uow:
+        async with self.unit_of_work.of(caller.user_id) as uow:
             await user_repository.lock_password_hash(uow.session, caller.user_id)  # no login slips in between
             await self._end_others(uow, caller)
 

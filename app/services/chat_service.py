@@ -23,6 +23,7 @@ from app.services.chat_log.changes import Change, ChangeInfo, ChangeMembers, Sen
 from app.services.chat_log.roster import Roster
 from app.services.chat_log.views import chat_view, member_view, people_named
 from app.services.rate_limiter import RateLimiter
+from app.services.token_bucket import AccountLimit
 from app.services.unit_of_work import UnitOfWork
 from app.services.user_service import users_seen_by
 
@@ -36,11 +37,15 @@ RANK: dict[Role, int] = {"member": 0, "admin": 1, "owner": 2}
 class ChatService:
     """What people do with chats. Whoever is no member gets the answer of a chat that does not exist."""
 
-    def __init__(self, *, settings: Settings, clock: Clock, database: Database, limiter: RateLimiter) -> None:
+    def __init__(
+        self, *, settings: Settings, clock: Clock, database: Database, limiter: RateLimiter, limit: AccountLimit
+    ) -> None:
+        """`limit` is that of messages: each change of a group is told to all its members, as a message is."""
         self._settings = settings
         self._clock = clock
         self._database = database
         self._limiter = limiter
+        self._limit = limit
 
     # --- reading ---
 
@@ -201,6 +206,7 @@ class ChatService:
 
     async def edit(self, uow: UnitOfWork, user_id: int, chat_id: int, body: ChatEditIn) -> Chat:
         """Change title, description or settings. Admins only."""
+        self._limit.take(user_id, max(1, (body.title is not None) + (body.description is not None)))
         ids = iter(await uow.ids.reserve("message", 2))
         row, roster = await self._lock_group(uow, user_id, chat_id)
         self._require_rank(roster, user_id, "admin")
@@ -218,6 +224,7 @@ class ChatService:
         self, uow: UnitOfWork, user_id: int, chat_id: int, name: str | None
     ) -> tuple[Chat, str | None]:
         """Give a group another picture, or none; returns it and the name of the picture before. Admins only."""
+        self._limit.take(user_id)
         [message_id] = await uow.ids.reserve("message")
         row, roster = await self._lock_group(uow, user_id, chat_id)
         self._require_rank(roster, user_id, "admin")
@@ -236,6 +243,7 @@ class ChatService:
 
     async def add_members(self, uow: UnitOfWork, user_id: int, chat_id: int, user_ids: Sequence[int]) -> Chat:
         """Let people into a group. Admins only; those already in it are passed over."""
+        self._limit.take(user_id)
         [message_id] = await uow.ids.reserve("message")
         _, roster = await self._lock_group(uow, user_id, chat_id)
         self._require_rank(roster, user_id, "admin")
@@ -254,6 +262,7 @@ class ChatService:
         if member_id == user_id:
             await self.leave(uow, user_id, chat_id)
             return
+        self._limit.take(user_id)
         [message_id] = await uow.ids.reserve("message")
         _, roster = await self._lock_group(uow, user_id, chat_id)
         self._require_rank(roster, user_id, "admin")
@@ -269,6 +278,7 @@ class ChatService:
 
     async def leave(self, uow: UnitOfWork, user_id: int, chat_id: int) -> None:
         """Leave a group. An owner hands it over first, unless nobody else is in it."""
+        self._limit.take(user_id)
         [message_id] = await uow.ids.reserve("message")
         _, roster = await self._lock_group(uow, user_id, chat_id)
         if roster.members[user_id].role == "owner" and len(roster.members) > 1:
@@ -280,6 +290,7 @@ class ChatService:
 
     async def set_role(self, uow: UnitOfWork, user_id: int, chat_id: int, member_id: int, role: Role) -> Chat:
         """Give a member another role. The owner only; giving `owner` away makes the caller an admin."""
+        self._limit.take(user_id)
         _, roster = await self._lock_group(uow, user_id, chat_id)
         self._require_rank(roster, user_id, "owner")
         if member_id not in roster.members:

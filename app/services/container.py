@@ -49,6 +49,7 @@ from app.services.rate_limiter import RateLimiter
 from app.services.storage import Storage, check_storage, open_storage
 from app.services.telemetry import Telemetry
 from app.services.ticket_store import MemoryTickets, RedisTickets
+from app.services.token_bucket import AccountLimit
 from app.services.trace_service import TraceService
 from app.services.transport import dead_socket_seconds
 from app.services.typing_service import TypingService
@@ -272,6 +273,13 @@ def build_services(settings: Settings, clock: Clock | None = None) -> Services:
     hasher = PasswordHasher(settings)
     usernames = UsernameFilter(settings.username_filter_capacity)
     rate_limiter = RateLimiter(settings, clock, redis)
+    message_limit = AccountLimit(
+        "limit_messages_per_second",
+        settings.limit_messages_per_second,
+        settings.limit_messages_burst,
+        clock,
+        refusal="Too many messages; slow down.",
+    )
     storage, images = open_storage(settings), ImageService(settings)
     files = FileService(
         settings=settings,
@@ -325,7 +333,7 @@ def build_services(settings: Settings, clock: Clock | None = None) -> Services:
         sequencer=sequencer,
         writer=writer,
         catch_up=catch_up,
-        chats=ChatService(settings=settings, clock=clock, database=database, limiter=rate_limiter),
+        chats=ChatService(settings=settings, clock=clock, database=database, limiter=rate_limiter, limit=message_limit),
         chat_settings=ChatSettingsService(settings=settings, clock=clock),
         drafts=DraftService(settings=settings, clock=clock),
         messages=MessageService(
@@ -335,6 +343,7 @@ def build_services(settings: Settings, clock: Clock | None = None) -> Services:
             writer=writer,
             unit_of_work=unit_of_work,
             typing=typing,
+            limit=message_limit,
         ),
         storage=storage,
         files=files,

@@ -6,10 +6,9 @@ import uuid
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from app.core import metrics
 from app.core.clock import Clock, timestamp
 from app.core.config import Settings
-from app.core.errors import BadInput, TooManyRequests, chat_not_found, message_not_found
+from app.core.errors import BadInput, chat_not_found, message_not_found
 from app.db.database import Database
 from app.db.events import (
     DeleteMessageCommand,
@@ -26,7 +25,7 @@ from app.db.schemas import MAX_ID, History, Message, Readers
 from app.services.chat_log.catch_up import visible_messages
 from app.services.chat_log.changes import DeleteMessage, Done, EditMessage, Mark, SendMessage
 from app.services.chat_log.writer import OnDone, Writer
-from app.services.token_bucket import TokenBuckets
+from app.services.token_bucket import AccountLimit
 from app.services.typing_service import TypingService
 from app.services.unit_of_work import UnitOfWork, UnitOfWorkFactory
 
@@ -53,6 +52,7 @@ class MessageService:
         writer: Writer,
         unit_of_work: UnitOfWorkFactory,
         typing: TypingService,
+        limit: AccountLimit,
     ) -> None:
         self._settings = settings
         self._clock = clock
@@ -60,7 +60,7 @@ class MessageService:
         self._writer = writer
         self._unit_of_work = unit_of_work
         self._typing = typing
-        self._rate = TokenBuckets(settings.limit_messages_per_second, settings.limit_messages_burst, clock)
+        self._limit = limit
 
     # --- writing ---
 
@@ -79,7 +79,7 @@ class MessageService:
         match command:
             case NewMessageCommand():
                 self._check_sendable(command)
-                self._check_rate(user_id)
+                self._limit.take(user_id)
                 self._typing.end(user_id, command.chat_id)
                 return SendMessage(
                     chat_id=command.chat_id,
@@ -93,10 +93,10 @@ class MessageService:
                 )
             case EditMessageCommand():
                 self._check_content(command.content)
-                self._check_rate(user_id)
+                self._limit.take(user_id)
                 return EditMessage(command.chat_id, user_id, command.message_id, command.content)
             case DeleteMessageCommand():
-                self._check_rate(user_id)
+                self._limit.take(user_id)
                 return DeleteMessage(command.chat_id, user_id, command.message_id)
             case MessageReadCommand():
                 return Mark(command.chat_id, user_id, command.message_id, "read")
@@ -125,11 +125,6 @@ class MessageService:
         if not content.strip():
             raise BadInput("message_empty", "A message needs some text.", field="content")
 
-    def _check_rate(self, user_id: int) -> None:
-        if wait := self._rate.take(user_id):
-            metrics.rate_limited.labels("limit_messages_per_second").inc()
-            raise TooManyRequests("rate_limited", "Too many messages; slow down.", retry_after=wait)
-
     async def send(self, user_id: int, command: NewMessageCommand | EditMessageCommand) -> Message:
         """Send or edit a message and return it as it is stored, and as the caller sees it."""
         done = await self.write(user_id, command)
@@ -144,7 +139,8 @@ class MessageService:
         if command.for_everyone:
             await self.write(user_id, command)
         else:
-            async with self._unit_of_work() as uow:
+            self._limit.take(user_id)
+            async with self._unit_of_work.of(user_id) as uow:
                 await self._hide(uow, user_id, command.chat_id, command.message_id)
 
     async def _hide(self, uow: UnitOfWork, user_id: int, chat_id: int, message_id: int) -> None:

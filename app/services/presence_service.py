@@ -24,6 +24,7 @@ from app.db.repositories import pairs as pairs_repository
 from app.db.repositories import users as users_repository
 from app.services.connection_manager import Connection, ConnectionManager
 from app.services.online import Online
+from app.services.token_bucket import AccountLimit
 from app.services.transport import Frames
 
 log = logging.getLogger(__name__)
@@ -67,6 +68,13 @@ class PresenceService:
         self._storer: asyncio.Task[None] | None = None
         self._doubted = False
         self._rechecking: asyncio.Task[None] | None = None
+        self._limit = AccountLimit(
+            "limit_presence_per_second",
+            settings.limit_presence_per_second,
+            settings.limit_presence_burst,
+            clock,
+            refusal="Too many lists of people to watch; slow down.",
+        )
         online.listeners.append(self._on_presence)
         online.here_listeners.append(self._on_here)
 
@@ -87,11 +95,13 @@ class PresenceService:
     async def subscribe(self, connection: Connection, user_ids: Sequence[int]) -> None:
         """Let a connection watch these people instead of those before, and tell it how they are now.
 
-        People one has no personal chat with, or a block, simply never change. Raises BadInput for too many.
+        People one has no personal chat with, or a block, simply never change. Raises BadInput for too many of them,
+        TooManyRequests for an account that asks too often.
         """
         limit = self._settings.max_presence_subscriptions
         if len(user_ids) > limit:
             raise BadInput("too_many_subscriptions", f"At most {limit} people can be watched.", field="user_ids")
+        self._limit.take(connection.user_id)
         while True:
             separations = self._separations
             async with self._database.reading() as session:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections import OrderedDict
 
+from app.core import metrics
 from app.core.clock import Clock
+from app.core.errors import TooManyRequests
 
 
 class TokenBucket:
@@ -71,3 +73,23 @@ class TokenBuckets:
         else:
             self._buckets.move_to_end(user_id)
         return bucket
+
+
+class AccountLimit:
+    """A limit of each account over all its doors, named as its setting is; counted in this process alone."""
+
+    def __init__(self, name: str, rate: float, burst: int, clock: Clock, *, refusal: str) -> None:
+        """`rate` 0: no limit. `refusal` is the sentence for who is above it."""
+        self._name = name
+        self._refusal = refusal
+        self._buckets = TokenBuckets(rate, burst, clock)
+
+    def take(self, user_id: int, amount: int = 1) -> None:
+        """Take permits of an account. Raises TooManyRequests, and takes nothing, when it has none.
+
+        One is enough for any amount, and the rest is owed: else more than the burst could never be had.
+        """
+        if wait := self._buckets.wait(user_id, 1):
+            metrics.rate_limited.labels(self._name).inc()
+            raise TooManyRequests("rate_limited", self._refusal, retry_after=wait)
+        self._buckets.spend(user_id, amount)

@@ -6,13 +6,17 @@ rolls back and forgets. Services never commit.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
+import math
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
+from weakref import WeakValueDictionary
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from app.core.errors import DialectError
+from app.core.errors import DialectError, Unavailable
 from app.core.ids import IdAllocator
 from app.db.database import Database
 from app.db.events import AccountEvent
@@ -72,6 +76,15 @@ class UnitOfWork:
         self.actions.append(action)
 
 
+class _Turns:
+    """The line of one account."""
+
+    def __init__(self) -> None:
+        self.lock = asyncio.Lock()
+        self.failed_at = -math.inf
+        """When the database last failed one of them."""
+
+
 class UnitOfWorkFactory:
     """Opens units of work."""
 
@@ -80,6 +93,34 @@ class UnitOfWorkFactory:
         self.ids = ids
         self._appender = appender
         self._announce = announce
+        self._turns: WeakValueDictionary[int, _Turns] = WeakValueDictionary()
+
+    @contextlib.asynccontextmanager
+    async def of(self, user_id: int) -> AsyncIterator[UnitOfWork]:
+        """A unit of work for somebody, one at a time: they would wait for the lock of the user's row anyway, each
+        with a connection that others need. Never open one inside another.
+
+        Raises Unavailable: when it is not its turn in time, or when the database failed the one before.
+        """
+        turns = self._turns.setdefault(user_id, _Turns())
+        came_at = time.monotonic()
+        try:
+            async with asyncio.timeout(self.database.settings.db_timeout_seconds):
+                await turns.lock.acquire()
+        except TimeoutError:
+            raise Unavailable("busy", "Too many changes of yours are waiting; try again.", retry_after=1) from None
+        try:
+            if turns.failed_at > came_at:  # each would wait for as long, and for as little
+                raise Unavailable("database_unavailable", "The database does not answer; try again.", retry_after=2)
+            try:
+                async with self() as uow:
+                    yield uow
+            except Unavailable as error:
+                if error.code == "database_unavailable":
+                    turns.failed_at = time.monotonic()
+                raise
+        finally:
+            turns.lock.release()
 
     @contextlib.asynccontextmanager
     async def __call__(self) -> AsyncIterator[UnitOfWork]:

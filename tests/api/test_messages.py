@@ -465,3 +465,45 @@ async def test_messages_are_limited_by_account_over_both_doors_together(server: 
             await ann.read(message)  # marks are not messages
         await bo.say(chat_id, "another account")
         assert contents(await bo.history(chat_id)) == ["three", "two", "another account"]
+            hide = {"type": "delete_message", "chat_id": chat_id, "message_id": message["id"], "for_everyone": False}
+            await socket.send(**hide, ref="hide")
+            assert (await socket.wait(ref="hide"))["code"] == "rate_limited"
+
+
+@pytest.mark.settings(limit_messages_per_second=0.001, limit_messages_burst=4)
+async def test_deletions_of_both_kinds_and_changes_of_groups_count_as_messages(client: httpx.AsyncClient) -> None:
+    bo, cy = await people(client, 2)
+
+    async def allowed(change: str) -> int:
+        """How often somebody may do this before they are told to wait."""
+        ann, dan = await people(client, 2)
+        group = await ann.group(bo, dan, title="before")
+        said = [await dan.say(group, str(number)) for number in range(4)]
+        lone = [await ann.group() for _ in range(5)] if change == "leave" else [0] * 5
+        for number in range(5):
+            message = said[number % 4]["id"]
+            cy_joins = number % 2 == 0
+            requests: dict[str, tuple[str, str, Any]] = {
+                "title": ("PATCH", f"/chats/{group}", {"title": f"title {number}"}),
+                "both": ("PATCH", f"/chats/{group}", {"title": f"title {number}", "description": f"{number}"}),
+                "settings": ("PATCH", f"/chats/{group}", {"history_visible": bool(number % 2)}),
+                "role": ("PUT", f"/chats/{group}/members/{bo.id}/role", {"role": ("admin", "member")[number % 2]}),
+                "members": ("POST", f"/chats/{group}/members", {"user_ids": [cy.id]})
+                if cy_joins
+                else ("DELETE", f"/chats/{group}/members/{cy.id}", None),
+                "avatar": ("DELETE", f"/chats/{group}/avatar", None),
+                "leave": ("POST", f"/chats/{lone[number]}/leave", None),
+                "delete": ("DELETE", f"/chats/{group}/messages/{message}", None),
+                "hide": ("DELETE", f"/chats/{group}/messages/{message}?for_everyone=false", None),
+            }
+            version = (await bo.chat(group))["version"]
+            answer = await ann.request(*requests[change])
+            if not answer.is_success:
+                assert (answer.status_code, answer.json()["code"]) == (429, "rate_limited"), change
+                assert (await bo.chat(group))["version"] == version
+                return number
+        return 5
+
+    changes = ("title", "settings", "role", "members", "avatar", "leave", "delete", "hide")
+    assert {change: await allowed(change) for change in changes} == dict.fromkeys(changes, 4)
+    assert await allowed("both") == 2  # two service messages each

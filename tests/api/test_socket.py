@@ -490,6 +490,29 @@ async def test_who_types_on_is_told_again_after_a_moment(
     assert list(services.typing._told) == [(bo.id, chat_id)]  # nothing is kept that decides nothing
 
 
+@pytest.mark.settings(limit_presence_per_second=0.01, limit_presence_burst=2)
+async def test_lists_of_people_to_watch_are_limited_by_account_over_all_its_sockets(server: Server) -> None:
+    async with server.client() as client:
+        ann, bo = await people(client, 2)
+        await ann.personal(bo)
+        async with await ann.open(server) as phone, await ann.open(server) as laptop, await bo.open(server) as his:
+            for socket in (phone, laptop):
+                await socket.send(type="subscribe_presence", user_ids=[bo.id], ref="within")
+                assert (await socket.wait(ref="within"))["type"] == "ack"
+            await phone.send(type="subscribe_presence", user_ids=[], ref="beyond")
+            refused = await phone.wait(ref="beyond")
+            assert (refused["type"], refused["code"], refused["retryable"]) == ("error", "rate_limited", True)
+            assert 0 < refused["retry_after"] <= 100
+            await his.send(type="subscribe_presence", user_ids=[ann.id], ref="another account")
+            assert (await his.wait(ref="another account"))["type"] == "ack"
+            # What was refused has changed nothing: the list before it holds.
+            phone.inbox.clear()
+            await his.close()
+            assert (await phone.wait(type="presence"))["online"] is False
+        shown = (await client.get("/metrics")).text
+        assert value(shown, "dialect_rate_limited_total", limit="limit_presence_per_second") == 1
+
+
 async def test_presence_is_told_to_those_with_a_personal_chat_who_asked(shared_server: Server) -> None:
     async with shared_server.client() as client:
         ann, bo, cy = await people(client, 3)

@@ -9,10 +9,14 @@ from contextlib import AsyncExitStack
 
 import httpx
 import pytest
-from sqlalchemy import select
+from sqlalchemy import event, select
 
+from app.core.config import Settings
+from app.core.errors import Unavailable
 from app.db.models import Chat, ChatMember, UserPair
 from app.services.container import Services
+from app.services.unit_of_work import _Turns
+from tests.support.locks import held
 from tests.support.people import Json, Person, people
 from tests.support.servers import Server
 from tests.support.socket_client import SocketClient
@@ -200,3 +204,77 @@ async def test_announcements_of_sends_edits_marks_and_members_leave_in_the_order
             assert [message["seq"] for message in new] == list(range(new[0]["seq"], new[-1]["seq"] + 1))
         heard = [[event for event in socket.seen if "prev" in event] for socket in sockets.values()]
         assert heard[0] == heard[1] == heard[2]
+
+
+async def test_what_one_account_changes_at_once_holds_one_connection_and_nobody_up(
+    client: httpx.AsyncClient, services: Services, settings: Settings
+) -> None:
+    ann, bo = await people(client, 2)
+    group = await ann.group(bo)
+    messages = [await ann.say(group, str(number)) for number in range(10)]
+    in_use = most = 0
+
+    def checkout(*_: object) -> None:
+        nonlocal in_use, most
+        in_use += 1
+        most = max(most, in_use)
+
+    def checkin(*_: object) -> None:
+        nonlocal in_use
+        in_use -= 1
+
+    done: list[int] = []
+
+    async def change(person: Person, number: int) -> None:
+        if number % 2:
+            await person.delete(messages[number], for_everyone=False)
+        else:
+            await person.do("PUT", f"/chats/{group}/draft", {"content": str(number)})
+        done.append(person.id)
+
+    engine = services.database.write_engine.sync_engine
+    event.listen(engine, "checkout", checkout)
+    event.listen(engine, "checkin", checkin)
+    with held(settings, f"users WHERE id = {ann.id}"):
+        hers = [asyncio.create_task(change(ann, number)) for number in range(10)]
+        his = asyncio.create_task(change(bo, 1))
+        async with asyncio.timeout(10):
+            while not in_use:
+                await services.database.ping()
+    await asyncio.gather(*hers, his)
+    assert most <= 2
+    assert bo.id in done[:2]
+
+
+async def test_who_stands_in_line_behind_oneself_is_refused_with_the_first_when_the_database_fails(
+    services: Services,
+) -> None:
+    begun: list[int] = []
+    all_there = asyncio.Event()
+
+    async def change(number: int) -> None:
+        async with services.unit_of_work.of(1):
+            begun.append(number)
+            await all_there.wait()
+            raise Unavailable("database_unavailable", "The database does not answer.")
+
+    async def arrive_last() -> None:
+        all_there.set()
+
+    refused = await asyncio.gather(*map(change, range(5)), arrive_last(), return_exceptions=True)
+    assert [error.code for error in refused if isinstance(error, Unavailable)] == ["database_unavailable"] * 5
+    assert begun == [0]
+    for user_id in (1, 2):
+        async with services.unit_of_work.of(user_id):
+            pass
+    assert 2 not in services.unit_of_work._turns  # nothing is kept of who waits for nothing
+
+
+@pytest.mark.settings(db_timeout_seconds=0.1)
+async def test_whose_turn_does_not_come_in_time_is_told_to_come_back(services: Services) -> None:
+    turns = services.unit_of_work._turns.setdefault(1, _Turns())
+    async with turns.lock:
+        with pytest.raises(Unavailable) as refused:
+            async with services.unit_of_work.of(1):
+                pass
+    assert (refused.value.code, refused.value.retry_after) == ("busy", 1)
