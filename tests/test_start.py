@@ -364,6 +364,7 @@ def test_a_short_key_is_refused(door: Door, clone: Path, clone_env: dict[str, st
         ("ALGORITHM", "none"),
         ("LIMIT_LOGIN_PER_IP", "often"),
         ("S3_ENDPOINT_URL", "127.0.0.1:9"),
+        ("MAX_PRESENCE_SUBSCRIPTIONS", "1001"),
     ],
 )
 def test_a_setting_that_cannot_be_read_is_one_sentence(
@@ -382,8 +383,12 @@ def test_a_setting_that_cannot_be_read_is_one_sentence(
         ({"UPLOAD_PATH": "alembic.ini"}, r"^The folder alembic.ini cannot be written \("),
         ({"S3_BUCKET": "files", "S3_ACCESS_KEY_ID": "half"}, r"^The bucket files cannot be used \("),
         ({"ALGORITHM": "HS512", "SECRET_KEY": SECRET_KEY}, r"^SECRET_KEY has 48 bytes; HS512 needs 64"),
+        (
+            {"MAX_MESSAGE_CHARS": "16384"},
+            r"^SOCKET_MAX_FRAME_BYTES is 65536, but a message of MAX_MESSAGE_CHARS=16384 characters may take 198088 b",
+        ),
     ],
-    ids=["no folder", "a file", "half a key", "short for the algorithm"],
+    ids=["no folder", "a file", "half a key", "short for the algorithm", "a frame too small for a message"],
 )
 def test_what_the_server_refuses_check_refuses_by_the_same_sentence(
     door: Door | Literal["check"],

@@ -57,7 +57,7 @@ BulkCallerDep = Annotated[Caller, Depends(take_turn, scope="function")]
 
 
 async def get_uow(services: ServicesDep, caller: CallerDep) -> AsyncIterator[UnitOfWork]:
-    """A unit of work of the caller's, one at a time, that commits before the answer leaves."""
+    """A unit of work of the caller's, in their turn, that commits before the answer leaves."""
     async with services.unit_of_work.of(caller.user_id) as uow:
         yield uow
 

@@ -27,6 +27,12 @@ MIN_SECRET_BYTES = 32
 
 MAX_WORKERS = 64
 
+BYTES_OF_CHARACTER = 12
+r"""What a character takes at most in JSON: \ud83d\ude00."""
+BYTES_OF_FILE_ID = 20
+BYTES_BESIDE = 1280
+"""The rest of a message to send, with a `ref` of 64 characters."""
+
 _NAME = re.compile(r"[A-Z][A-Z0-9_]{0,63}|[a-z][a-z0-9_]{0,63}")
 COMPOSE_NAMES = frozenset(
     {"DIALECT_SERVER_NAME", "DIALECT_TAG", "EDGE_SUBNET", "MYSQL_ROOT_PASSWORD", "SERVER_PORT", "TLS_FOLDER"}
@@ -204,7 +210,13 @@ class Settings(BaseSettings):
     # Chats and messages
     max_group_members: int = Field(2000, ge=2, description="Members of a group.")
     max_pinned_chats: int = Field(10, ge=0, description="Chats that one account may pin.")
-    max_message_chars: int = Field(4096, ge=1, le=16384, description="Characters (code points) of a text message.")
+    max_message_chars: int = Field(
+        4096,
+        ge=1,
+        le=16384,
+        description="Characters (code points) of a text message. Beyond some 5,300, SOCKET_MAX_FRAME_BYTES must be "
+        "raised, too: JSON may spell each in 12 bytes.",
+    )
     receipts_members_max: int = Field(
         50, ge=2, description="Chats above this size keep read and delivered marks out of the chat log."
     )
@@ -233,6 +245,15 @@ class Settings(BaseSettings):
     max_http_connections_per_ip: int = Field(
         500, ge=0, description="Such connections from one address (of IPv6: from one /64), proxies aside; 0: no bound."
     )
+    socket_max_early_frames: int = Field(
+        64, ge=0, description="Frames that a socket may send before it is greeted; beyond, it is closed (4429)."
+    )
+    socket_max_refused_frames: int = Field(
+        1000, ge=0, description="Frames in a row above its limit after which a socket is closed (4429)."
+    )
+    socket_max_pending: int = Field(
+        128, ge=1, description="Commands of a socket under way; it is not read on until half of them are done."
+    )
     socket_max_unsent_bytes: int = Field(1024 * 1024, ge=64 * 1024, description="A slower reader is closed (4408).")
     socket_heartbeat_seconds: float = Field(25, gt=0, description="Between heartbeats to a client.")
     socket_timeout_seconds: float = Field(20, gt=0, description="A peer that leaves a ping unanswered is dead.")
@@ -254,7 +275,13 @@ class Settings(BaseSettings):
         gt=0,
         description="How often it is stored that somebody still is online; a crash leaves `last_seen_at` so early.",
     )
-    max_presence_subscriptions: int = Field(128, ge=0, description="People one socket may watch.")
+    changes_per_user: int = Field(
+        1,
+        ge=1,
+        description="Changes by REST, and deletions for oneself, of one account that are in the database at the same "
+        "time; the others wait, for DB_TIMEOUT_SECONDS at most.",
+    )
+    max_presence_subscriptions: int = Field(128, ge=0, le=1000, description="People one socket may watch.")
 
     # The writer
     writer_batch_max: int = Field(512, ge=1, description="Changes in one transaction.")
@@ -353,6 +380,19 @@ class Settings(BaseSettings):
             raise StartupError(
                 f"SECRET_KEY has {len(secret.encode())} bytes; it needs at least {MIN_SECRET_BYTES} random ones."
             )
+        return self
+
+    @model_validator(mode="after")
+    def _room_for_messages(self) -> Self:
+        # A frame above its limit closes the socket: nobody could send a text that is allowed.
+        needed = BYTES_OF_CHARACTER * self.max_message_chars + BYTES_OF_FILE_ID * self.max_attachments + BYTES_BESIDE
+        for name in ("socket_max_frame_bytes", "max_body_bytes"):
+            if getattr(self, name) < needed:
+                raise StartupError(
+                    f"{name.upper()} is {getattr(self, name)}, but a message of MAX_MESSAGE_CHARS="
+                    f"{self.max_message_chars} characters may take {needed} bytes as JSON; raise the one or lower the "
+                    "other."
+                )
         return self
 
     def check_workers(self, workers: int) -> None:

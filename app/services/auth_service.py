@@ -453,9 +453,10 @@ class AuthService:
 
 
 def _address(ip: str) -> str:
-    """An address as stored; what a proxy made up is not."""
+    """An address as stored, 45 characters at most; what a proxy made up is not, nor the zone of an IPv6 address (what
+    stands behind its %): it is any text."""
     try:
-        return str(ipaddress.ip_address(ip))[:45]
+        return str(ipaddress.ip_address(ip.partition("%")[0]))
     except ValueError:
         return ""
 

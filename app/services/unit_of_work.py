@@ -79,8 +79,8 @@ class UnitOfWork:
 class _Turns:
     """The line of one account."""
 
-    def __init__(self) -> None:
-        self.lock = asyncio.Lock()
+    def __init__(self, at_once: int) -> None:
+        self.free = asyncio.Semaphore(at_once)
         self.failed_at = -math.inf
         """When the database last failed one of them."""
 
@@ -97,16 +97,17 @@ class UnitOfWorkFactory:
 
     @contextlib.asynccontextmanager
     async def of(self, user_id: int) -> AsyncIterator[UnitOfWork]:
-        """A unit of work for somebody, one at a time: they would wait for the lock of the user's row anyway, each
-        with a connection that others need. Never open one inside another.
+        """A unit of work for somebody, `CHANGES_PER_USER` at a time: most would wait for the lock of the user's row
+        anyway, each with a connection that others need. Never open one inside another.
 
         Raises Unavailable: when it is not its turn in time, or when the database failed the one before.
         """
-        turns = self._turns.setdefault(user_id, _Turns())
+        settings = self.database.settings
+        turns = self._turns.setdefault(user_id, _Turns(settings.changes_per_user))
         came_at = time.monotonic()
         try:
-            async with asyncio.timeout(self.database.settings.db_timeout_seconds):
-                await turns.lock.acquire()
+            async with asyncio.timeout(settings.db_timeout_seconds):
+                await turns.free.acquire()
         except TimeoutError:
             raise Unavailable("busy", "Too many changes of yours are waiting; try again.", retry_after=1) from None
         try:
@@ -120,7 +121,7 @@ class UnitOfWorkFactory:
                     turns.failed_at = time.monotonic()
                 raise
         finally:
-            turns.lock.release()
+            turns.free.release()
 
     @contextlib.asynccontextmanager
     async def __call__(self) -> AsyncIterator[UnitOfWork]:

@@ -447,7 +447,7 @@ async def test_nonsense_in_a_url_is_no_servers_error(client: httpx.AsyncClient, 
     assert (await client.get(path, headers=someone.headers)).status_code < 500
 
 
-@pytest.mark.settings(max_body_bytes=2048)
+@pytest.mark.settings(max_body_bytes=2048, max_message_chars=32)
 async def test_a_body_at_the_limit_passes_and_one_byte_more_does_not(client: httpx.AsyncClient) -> None:
     def body(size: int) -> bytes:
         start = b'{"phone": "'
@@ -459,7 +459,7 @@ async def test_a_body_at_the_limit_passes_and_one_byte_more_does_not(client: htt
     assert_problem(await client.post(REGISTER, content=body(2049), headers=headers), 413, "body_too_large")
 
 
-@pytest.mark.settings(max_body_bytes=2048)
+@pytest.mark.settings(max_body_bytes=2048, max_message_chars=32)
 @pytest.mark.parametrize(
     "kind", ["application/json", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x"]
 )
@@ -479,7 +479,7 @@ async def test_an_endless_body_is_stopped_as_it_streams(client: httpx.AsyncClien
     assert sent < 10_000
 
 
-@pytest.mark.settings(max_body_bytes=2048)
+@pytest.mark.settings(max_body_bytes=2048, max_message_chars=32)
 async def test_a_real_client_with_too_large_a_body_gets_its_answer(server: Server) -> None:
     async with server.client() as client:
         response = await client.post(REGISTER, content=b"a" * 100_000, headers={"Content-Type": "application/json"})

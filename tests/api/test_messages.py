@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
+from app.db.schemas import MAX_ID
 from app.services.chat_log.changes import SendMessage
 from app.services.container import Services
 from tests.support.people import Json, Person, contents, people
@@ -80,6 +81,35 @@ async def test_every_text_comes_back_to_the_byte_over_socket_and_rest(shared_ser
         events = await bo.resume()
         [reset] = [event for event in events if event["type"] == "reset"]
         assert contents(reset) == contents(page)
+
+
+@pytest.mark.settings(
+    max_message_chars=500, max_attachments=50, socket_max_frame_bytes=12 * 500 + 20 * 50 + 1280, max_body_bytes=8280
+)
+async def test_the_longest_text_fits_into_the_smallest_frame_and_body_that_the_settings_allow(server: Server) -> None:
+    longest = "\U0001f600" * 500
+    async with server.client() as client:
+        ann, bo = await people(client, 2)
+        chat_id = await ann.personal(bo)
+        async with await ann.open(server) as socket:
+            assert (await socket.say(chat_id, longest, ref="\U0001f600" * 64))["type"] == "ack"
+            frame = {
+                "type": "new_message",
+                "ref": "\U0001f600" * 64,
+                "chat_id": MAX_ID,
+                "content": longest,
+                "message_type": "image",
+                "attachments": [MAX_ID - number for number in range(50)],
+                "client_id": str(uuid.uuid4()),
+                "reply_to": MAX_ID,
+            }
+            await socket.send(**frame)
+            assert (await socket.wait(type="error"))["code"] == "chat_not_found"
+        del frame["type"], frame["ref"], frame["chat_id"]
+        body = json.dumps(frame)  # as many clients write it; httpx does not
+        headers = {**ann.account.headers, "Content-Type": "application/json"}
+        answer = await client.post(f"/api/v1/chats/{chat_id}/messages", content=body, headers=headers)
+        assert answer.json()["code"] == "reply_not_found"
 
 
 async def test_what_is_no_message_is_refused_over_both_doors(shared_server: Server) -> None:
@@ -462,12 +492,12 @@ async def test_messages_are_limited_by_account_over_both_doors_together(server: 
             answer = await ann.request("POST", f"/chats/{chat_id}/messages", {"content": "five"})
             assert (answer.status_code, answer.json()["code"]) == (429, "rate_limited")
             assert answer.headers["retry-after"] == "1"
-            await ann.read(message)  # marks are not messages
-        await bo.say(chat_id, "another account")
-        assert contents(await bo.history(chat_id)) == ["three", "two", "another account"]
             hide = {"type": "delete_message", "chat_id": chat_id, "message_id": message["id"], "for_everyone": False}
             await socket.send(**hide, ref="hide")
             assert (await socket.wait(ref="hide"))["code"] == "rate_limited"
+            await ann.read(message)  # marks are not messages
+        await bo.say(chat_id, "another account")
+        assert contents(await bo.history(chat_id)) == ["three", "two", "another account"]
 
 
 @pytest.mark.settings(limit_messages_per_second=0.001, limit_messages_burst=4)

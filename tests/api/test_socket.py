@@ -19,11 +19,13 @@ from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.typing import Origin
 
+from app.api.v1.socket import SocketReceiver
 from app.core.config import Settings
 from app.db.database import Database
 from app.db.models import Message
 from app.services.chat_log.changes import SendMessage
 from app.services.container import Services
+from app.services.transport import Frames
 from tests.conftest import StartServer
 from tests.services.test_sequencer import come_online
 from tests.support.clock import ManualClock
@@ -331,6 +333,82 @@ async def test_a_bad_frame_is_answered_and_harms_nobody(
             await socket.connection.send("x" * (settings.socket_max_frame_bytes + 1))
             assert await socket.wait_closed() == 1009
             await other.barrier()
+
+
+class Wire:
+    """A transport without a network: what it is told to do."""
+
+    unsent_bytes = 0
+
+    def __init__(self) -> None:
+        self.calls: list[Any] = []
+        self.called = asyncio.Event()
+
+    def send(self, frames: Frames) -> None:
+        """Take what a client would be sent."""
+
+    def close(self, code: int, reason: str = "") -> None:
+        self._note(code)
+
+    def pause_reading(self) -> None:
+        self._note("pause")
+
+    def resume_reading(self) -> None:
+        self._note("resume")
+
+    def _note(self, call: int | str) -> None:
+        self.calls.append(call)
+        self.called.set()
+
+    async def wait_for_call(self) -> Any:
+        """What comes next."""
+        async with asyncio.timeout(10):
+            await self.called.wait()
+        self.called.clear()
+        return self.calls[-1]
+
+
+@pytest.mark.settings(
+    socket_max_early_frames=2,
+    socket_max_pending=3,
+    socket_max_refused_frames=4,
+    limit_frames_per_second=0.001,
+    limit_frames_burst=5,
+)
+async def test_the_limits_of_one_sockets_frames_are_settings(client: httpx.AsyncClient, services: Services) -> None:
+    [ann] = await people(client, 1)
+    chat_id = await ann.group()
+    frame = json.dumps({"type": "new_message", "chat_id": chat_id, "content": "x"}).encode()
+
+    caller = await services.auth.authenticate(ann.account.access_token)
+
+    def open_socket() -> tuple[SocketReceiver, Wire]:
+        wire = Wire()
+        return SocketReceiver(services, caller, wire, services.admission.enter("")), wire
+
+    # Before it is greeted, which no frame here waits for.
+    early, wire = open_socket()
+    for _ in range(2):
+        early.on_text(frame)
+    assert wire.calls == []
+    early.on_text(frame)
+    assert wire.calls == [4429]
+    early.on_closed(4429)
+    # Those under way, and those above the limit of frames.
+    receiver, wire = open_socket()
+    while not receiver._ready:
+        await services.database.ping()
+    for _ in range(3):
+        assert wire.calls == []
+        receiver.on_text(frame)
+    assert await wire.wait_for_call() == "pause"
+    assert await wire.wait_for_call() == "resume"
+    for _ in range(2 + 4):
+        receiver.on_text(b'{"type": "ping"}')
+    assert wire.calls == ["pause", "resume"]
+    receiver.on_text(b'{"type": "ping"}')
+    assert wire.calls[2:] == [4429]
+    receiver.on_closed(4429)
 
 
 @pytest.mark.settings(limit_frames_per_second=5, limit_frames_burst=20)

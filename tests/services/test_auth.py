@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import statistics
 import time
 from collections.abc import AsyncIterator
@@ -289,6 +290,29 @@ async def test_a_whole_ipv6_network_counts_as_one_address(timed: FastAPI) -> Non
         async with client_from(timed, f"2001:db8::{number + 1}") as client:
             codes.append((await log_in(client, "+79990000000", "Another-Lantern-1")).status_code)
     assert codes == [401] * 5 + [429] * 2
+
+
+@pytest.mark.parametrize(
+    ("named", "shown"),
+    [
+        ("fe80::1%\u00e9", "fe80::1"),
+        ("fe80::1%" + "x" * 300, "fe80::1"),
+        ("::ffff:192.0.2.1%eth0", str(ipaddress.ip_address("::ffff:192.0.2.1"))),
+        ("192.0.2.1", "192.0.2.1"),
+        ("\u00e9", ""),
+        ("%", ""),
+    ],
+)
+async def test_whatever_a_proxy_says_of_an_address_one_can_come_in_and_only_addresses_are_kept(
+    timed: FastAPI, named: str, shown: str
+) -> None:
+    async with client_from(timed, named) as client:
+        account = await register(client)
+        assert (await log_in(client, account.phone, account.password)).status_code == 200
+        refreshed = await client.post("/api/v1/auth/refresh", json={"refresh_token": account.refresh_token})
+        assert refreshed.status_code == 200
+        devices = (await client.get("/api/v1/auth/sessions", headers=account.headers)).json()
+    assert [device["ip"] for device in devices] == [shown] * 2
 
 
 @pytest.mark.settings(limit_login_per_account_and_ip="3/minute")

@@ -241,6 +241,9 @@ async def test_what_one_account_changes_at_once_holds_one_connection_and_nobody_
         async with asyncio.timeout(10):
             while not in_use:
                 await services.database.ping()
+        if settings.uses_mysql:  # where only hers waits
+            await his
+            assert done == [bo.id]
     await asyncio.gather(*hers, his)
     assert most <= 2
     assert bo.id in done[:2]
@@ -272,8 +275,8 @@ async def test_who_stands_in_line_behind_oneself_is_refused_with_the_first_when_
 
 @pytest.mark.settings(db_timeout_seconds=0.1)
 async def test_whose_turn_does_not_come_in_time_is_told_to_come_back(services: Services) -> None:
-    turns = services.unit_of_work._turns.setdefault(1, _Turns())
-    async with turns.lock:
+    turns = services.unit_of_work._turns.setdefault(1, _Turns(1))
+    async with turns.free:
         with pytest.raises(Unavailable) as refused:
             async with services.unit_of_work.of(1):
                 pass

@@ -58,11 +58,6 @@ log = logging.getLogger(__name__)
 
 router = APIRouter(prefix="/messages", tags=["Messages"])
 
-PENDING_MAX = 128
-"""Commands of one socket under way; beyond, it is not read until half of them are done."""
-REFUSED_FRAMES_MAX = 1000
-"""A client that goes on so long above its limit is not listening to the answers."""
-EARLY_FRAMES_MAX = 64
 SHOWN_NAME_CHARS = 64
 """So much of the name of an unknown field is repeated."""
 
@@ -138,6 +133,7 @@ class SocketReceiver(Receiver):
 
     def __init__(self, services: Services, caller: Caller, transport: Transport, place: Place) -> None:
         self._services = services
+        self._settings = services.settings
         self._caller = caller
         self._transport = transport
         self._connections = services.connections
@@ -146,10 +142,9 @@ class SocketReceiver(Receiver):
         self._refused = 0
         self._ready = False
         self._early: list[bytes] = []
-        settings = services.settings
         self._bucket = (
-            TokenBucket(settings.limit_frames_per_second, settings.limit_frames_burst, services.clock)
-            if settings.limit_frames_per_second
+            TokenBucket(self._settings.limit_frames_per_second, self._settings.limit_frames_burst, services.clock)
+            if self._settings.limit_frames_per_second
             else None
         )
         self._connection: Connection = self._connections.add(
@@ -164,7 +159,7 @@ class SocketReceiver(Receiver):
         """Subscribe to the user's chats, say hello, then look at what the client was too eager to hold back."""
         connection = self._connection
         try:
-            async with asyncio.timeout(self._services.settings.socket_greeting_seconds):
+            async with asyncio.timeout(self._settings.socket_greeting_seconds):
                 await self._connections.load_chats(connection.user)
                 # A session that ended after the door was passed and before the socket was known would stay open.
                 alive = await self._services.auth.is_alive(self._caller)
@@ -191,7 +186,7 @@ class SocketReceiver(Receiver):
                 "epoch": self._services.catch_up.epoch,
                 "account_version": connection.user.account_version,
                 "server_time": timestamp(self._services.clock.now()),
-                "heartbeat_seconds": self._services.settings.socket_heartbeat_seconds,
+                "heartbeat_seconds": self._settings.socket_heartbeat_seconds,
             }
         )
         if connection.closing or self._connections.draining:
@@ -205,7 +200,7 @@ class SocketReceiver(Receiver):
 
     def on_text(self, data: bytes) -> None:
         if not self._ready:
-            if len(self._early) < EARLY_FRAMES_MAX:
+            if len(self._early) < self._settings.socket_max_early_frames:
                 self._early.append(data)
             else:
                 self._connection.close(CloseCode.FLOODING, "too many frames before hello")
@@ -235,7 +230,7 @@ class SocketReceiver(Receiver):
             return True
         self._refused += 1
         metrics.rate_limited.labels("limit_frames_per_second").inc()
-        if self._refused > REFUSED_FRAMES_MAX:
+        if self._refused > self._settings.socket_max_refused_frames:
             self._connection.close(CloseCode.FLOODING, "too many frames")
         else:
             error = TooManyRequests("rate_limited", "Too many frames.", retry_after=wait)
@@ -336,14 +331,15 @@ class SocketReceiver(Receiver):
 
     def _started(self) -> None:
         self._pending += 1
-        if self._pending >= PENDING_MAX and not self._paused:
+        if self._pending >= self._settings.socket_max_pending and not self._paused:
             self._paused = True
             self._transport.pause_reading()
 
     def _finished(self) -> None:
         self._pending -= 1
         # Once the server drains, the pause is its own: what were read now could be stored and never acknowledged.
-        if self._paused and self._pending <= PENDING_MAX // 2 and not self._connections.draining:
+        half = self._settings.socket_max_pending // 2
+        if self._paused and self._pending <= half and not self._connections.draining:
             self._paused = False
             self._transport.resume_reading()
 
