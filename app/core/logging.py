@@ -25,26 +25,26 @@ request_id: ContextVar[str] = ContextVar("request_id", default="")
 REDACTED = "[redacted]"
 SECRET_KEYS = (
     "authorization",
-    "access_token",
-    "refresh_token",
     "token",
     "ticket",
     "password_hash",
     "password",
     "secret_key",
+    "secret_access_key",
     "secret",
-    "code",
     "cookie",
 )
-_NAMES = "|".join(SECRET_KEYS)
+"""Whatever stands before them (`new_password`). A `code` is secret by itself only: there are codes of errors, too."""
+_NAMES = rf"(?:{'|'.join(SECRET_KEYS)}|(?<!\w)code)"
+_SECRET_KEY = re.compile(rf"(?i)[\w-]*{_NAMES}")
 
 # An access token, a bearer header, a name with its value (in a URL, a form, JSON or a repr), a phone.
 _JWT = re.compile(r"\beyJ[\w-]{5,}\.[\w-]+\.[\w-]*")
 _BEARER = re.compile(r"(?i)\b(bearer\s+)[^\s\"',]+")
-_STRING = r"""(?:"(?:[^"\\]|\\.)*"?|'(?:[^'\\]|\\.)*'?)"""
-_ASSIGNED = re.compile(rf"(?i)\b({_NAMES})\s?=\s?(?:{_STRING}|[^&\s\"']+)")
-_QUOTED = re.compile(rf"""(?i)(["']({_NAMES})["']\s*:\s*){_STRING}""")
-_PHONE = re.compile(r"(\+|%2[Bb])\d[\d() -]{5,18}(\d{2})(?!\d)")
+_STRING = r"""b?(?:"(?:[^"\\]|\\.)*"?|'(?:[^'\\]|\\.)*'?)"""
+_ASSIGNED = re.compile(rf"(?i)({_NAMES})\s?=\s?(?:{_STRING}|[^&\s\"']+)")
+_QUOTED = re.compile(rf"""(?i)({_NAMES}["']\s*:\s*){_STRING}""")
+_PHONE = re.compile(r"(\+|%2[Bb])\d[\d().\u00a0\u2010-\u2015 -]{5,18}(\d{2})(?!\d)")
 _CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160), 0x2028, 0x2029)}
 _CONTROLS |= {0x0A: "\\n", 0x0D: "\\r", 0x09: "\\t", 0x2028: "\\u2028", 0x2029: "\\u2029"}
 # uvicorn logs a WebSocket's path with its query, where even the token's name may be spelled with % signs.
@@ -80,7 +80,7 @@ def _clean(value: object) -> object:
 
 
 def _clean_field(key: str, value: object) -> object:
-    if key.lower() in SECRET_KEYS:
+    if _SECRET_KEY.fullmatch(key):
         return REDACTED
     if key.lower() == "phone":
         return f"***{str(value)[-2:]}"

@@ -265,7 +265,7 @@ class Connection:
                         self._held.pop(request.chat_id, None)
                 self._release_account(known)
         except Unavailable as error:
-            log.info("catch_up_failed", extra={"user_id": self.user_id, "code": error.code})
+            log.info("catch_up_failed", extra={"user_id": self.user_id, "error": error.code})
             self.close(CloseCode.RESTART, "catching up failed")  # the client comes back and resumes
         except Exception:
             # Left open it would hold back its chats for ever.

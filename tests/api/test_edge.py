@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import json
 import logging
 import re
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
@@ -14,19 +16,20 @@ import pydantic
 import pytest
 import websockets
 from fastapi import FastAPI
+from pydantic import SecretStr
 from sqlalchemy import text
 from websockets.asyncio.client import connect
 
 from app.core.config import Settings
 from app.core.errors import TooManyRequests
-from app.core.logging import log_formatter, one_line, redact
+from app.core.logging import REDACTED, _clean_field, log_formatter, one_line, redact
 from app.main import create_app
 from app.services.container import Services
 from tests.conftest import StartServer
 from tests.support.accounts import new_person, register
 from tests.support.people import people
 from tests.support.secrets import check_log, plant
-from tests.support.servers import Door, Server
+from tests.support.servers import ROOT, Door, Server
 
 REGISTER = "/api/v1/auth/register"
 TOKEN = "/api/v1/auth/token"
@@ -136,6 +139,11 @@ async def test_health_checks_do_not_fill_the_log(client: httpx.AsyncClient, log:
 # --- redaction --------------------------------------------------------------------------------------------------
 
 JWT = "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxIn0.c2lnbmF0dXJl"
+SECRET_SETTINGS = [
+    name
+    for name, field in Settings.model_fields.items()
+    if field.annotation is SecretStr  # REDIS_URL is an address with a password in it
+]
 
 
 @pytest.mark.parametrize(
@@ -155,6 +163,14 @@ JWT = "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxIn0.c2lnbmF0dXJl"
         ("Duplicate entry '+79991234567' for key 'users.uq_users_phone'", "79991234567"),
         ("phone +7 (999) 123-45-67 called", "123-45"),
         (f"loose {JWT} somewhere", JWT),
+        ("PasswordIn(old_password='SecurePass123!', new_password='Secure-Lantern-1')", "Secure"),
+        ("{'new_password': 'SecurePass123!'}", "SecurePass123!"),
+        ('{"newPassword": "SecurePass123!"}', "SecurePass123!"),
+        ("password=b'SecurePass123!'", "SecurePass123!"),
+        ("code=123456", "123456"),
+        ("phone +7.999.123.45.67 called", "123.45"),
+        ("phone +7\u00a0999\u2011123\u201145\u201167 called", "123\u201145"),
+        *((f"Settings({name}='orchid-lantern')", "orchid-lantern") for name in SECRET_SETTINGS),
     ],
 )
 def test_secrets_are_taken_out_of_any_text(text: str, secret: str) -> None:
@@ -163,7 +179,14 @@ def test_secrets_are_taken_out_of_any_text(text: str, secret: str) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["chat 9007199254740991 version 12", "2026-01-31T12:00:00.000Z", "no token here", "took 1.5 + 2.5 ms", "barcode=4"],
+    [
+        "chat 9007199254740991 version 12",
+        "2026-01-31T12:00:00.000Z",
+        "no token here",
+        "took 1.5 + 2.5 ms",
+        "barcode=4",
+        "error_code=busy",
+    ],
 )
 def test_other_text_stays_as_it_is(text: str) -> None:
     assert redact(text) == text
@@ -175,11 +198,34 @@ def test_line_breaks_and_escapes_are_spelled_out() -> None:
 
 def test_fields_with_telling_names_are_redacted_whatever_they_hold(log: Log) -> None:
     logging.getLogger("app.test").warning(
-        "spoke", extra={"token": "short", "phone": "+79991234567", "deep": {"password": ["a", "b"]}, "count": 3}
+        "spoke",
+        extra={
+            "token": "short",
+            "phone": "+79991234567",
+            "deep": {"password": ["a", "b"], "new_password": "c", "metrics_token": "d"},
+            "count": 3,
+            "status_code": 404,
+        },
     )
     [event] = log.events("spoke")
     assert (event["token"], event["phone"], event["count"]) == ("[redacted]", "***67", 3)
-    assert event["deep"] == {"password": "[redacted]"}
+    assert event["deep"] == dict.fromkeys(("password", "new_password", "metrics_token"), "[redacted]")
+    assert event["status_code"] == 404
+
+
+def test_the_longest_word_is_looked_through_quickly() -> None:
+    word = "secret-token_" * 100_000
+    began = time.process_time()
+    redact(word)
+    assert time.process_time() - began < 5
+
+
+def test_nothing_logs_an_error_by_a_name_that_is_redacted() -> None:
+    for path in (ROOT / "app").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.keyword) and node.arg == "extra" and isinstance(node.value, ast.Dict):
+                names = [key.value for key in node.value.keys if isinstance(key, ast.Constant)]
+                assert REDACTED not in [_clean_field(str(name), 1) for name in names], (path, names)
 
 
 @pytest.mark.parametrize("door", DOORS)
