@@ -114,17 +114,33 @@ _CONTROLS = r"\u0000-\u0008\u000b\u000c\u000e-\u001f\u007f-\u009f"
 _INVISIBLE = r"\u00ad\u061c\u180e\u200b\u200c\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
 """What makes two names look alike or turns text around. The zero-width joiner U+200D is not here: it holds
 emoji together."""
+_BLANK = (
+    rf"\s{_CONTROLS}{_INVISIBLE}\u200d\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0"
+    r"\ufff0-\ufff8\u0300-\u036f\u1ab0-\u1aff\u1dc0-\u1dff\u20d0-\u20ff\ufe20-\ufe2f"
+)
+"""What shows nothing by itself: what Unicode calls default-ignorable, letters that are drawn blank, and marks that are
+put on another character. In emoji and on letters they are welcome, but something else must stand there."""
+_BLANK_BEYOND = (
+    "\U00013430-\U0001343f\U00013441\U00013442\U0001bca0-\U0001bca3\U0001d159\U0001d173-\U0001d17a\U000e0000-\U000e0fff"
+)
+"""More of it, beyond what all dialects of patterns spell alike."""
 _NO_LINE = rf"{_CONTROLS}\t\n\r{_INVISIBLE}"
 LINE = rf"^[^{_NO_LINE}]*$"
-FILLED_LINE = rf"^[^{_NO_LINE}]*[^{_NO_LINE}\s][^{_NO_LINE}]*$"
+FILLED_LINE = rf"^[^{_NO_LINE}]*[^{_NO_LINE}{_BLANK}][^{_NO_LINE}]*$"
 LINES = rf"^[^{_CONTROLS}{_INVISIBLE}]*$"
 SEARCHABLE = (
     rf"^[^{_NO_LINE}\S]*(?:@[^{_NO_LINE}]{{2,}}|[^{_NO_LINE}@\s][^{_NO_LINE}]+)[^{_NO_LINE}\s][^{_NO_LINE}\S]*$"
 )
 """At least three characters of a line, blanks around them and one @ before them aside."""
 TEXT = r"^[^\u0000]*$"
-FILLED_TEXT = r"^[^\u0000]*[^\u0000\s][^\u0000]*$"
+FILLED_TEXT = rf"^[^\u0000]*[^{_BLANK}][^\u0000]*$"
 _LINE, _LINES = re.compile(LINE), re.compile(LINES)
+_VISIBLE = re.compile(rf"[^{_BLANK}{_BLANK_BEYOND}]")
+
+
+def is_blank(text: str) -> bool:
+    """Whether nothing of a text can be seen."""
+    return _VISIBLE.search(text) is None
 
 
 def _check_text(value: str) -> str:
@@ -139,6 +155,14 @@ def _check_line(value: str) -> str:
     if not _LINE.fullmatch(value):
         raise ValueError("must not contain control or invisible characters")
     return unicodedata.normalize("NFC", value).strip()
+
+
+def _check_name(value: str) -> str:
+    """A line with something to see in it."""
+    value = _check_line(value)
+    if is_blank(value):
+        raise ValueError("must have something visible in it")
+    return value
 
 
 def _check_searchable(value: str) -> str:
@@ -184,13 +208,13 @@ Username = Annotated[
 DisplayName = Annotated[
     str,
     Field(min_length=1, max_length=64, json_schema_extra={"pattern": FILLED_LINE}, examples=["John Doe"]),
-    AfterValidator(_check_line),
+    AfterValidator(_check_name),
     Field(min_length=1, max_length=64),
 ]
 Title = Annotated[
     str,
     Field(min_length=1, max_length=128, json_schema_extra={"pattern": FILLED_LINE}, examples=["Trip to Oslo"]),
-    AfterValidator(_check_line),
+    AfterValidator(_check_name),
     Field(min_length=1, max_length=128),
 ]
 Paragraph = Annotated[

@@ -12,7 +12,7 @@ from app.db.repositories import accounts as accounts_repository
 from app.db.repositories import chat_log as log_repository
 from app.db.repositories import chats as chats_repository
 from app.db.repositories import drafts as repository
-from app.db.schemas import Draft, DraftIn
+from app.db.schemas import Draft, DraftIn, is_blank
 from app.services.chat_log.views import draft_view
 from app.services.message_service import check_length
 from app.services.unit_of_work import UnitOfWork
@@ -32,7 +32,7 @@ class DraftService:
         they cannot see there.
         """
         check_length(body.content, self._settings.max_message_chars)
-        if not body.content.strip():
+        if is_blank(body.content):
             return await self._save(uow, user_id, chat_id, "", None)
         return await self._save(uow, user_id, chat_id, body.content, body.reply_to)
 

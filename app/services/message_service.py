@@ -21,7 +21,7 @@ from app.db.repositories import accounts as accounts_repository
 from app.db.repositories import chat_log as log_repository
 from app.db.repositories import chats as chats_repository
 from app.db.repositories.chat_log import MessageRow
-from app.db.schemas import MAX_ID, History, Message, Readers
+from app.db.schemas import MAX_ID, History, Message, Readers, is_blank
 from app.services.chat_log.catch_up import visible_messages
 from app.services.chat_log.changes import DeleteMessage, Done, EditMessage, Mark, SendMessage
 from app.services.chat_log.writer import OnDone, Writer
@@ -122,7 +122,7 @@ class MessageService:
 
     def _check_content(self, content: str) -> None:
         check_length(content, self._settings.max_message_chars)
-        if not content.strip():
+        if is_blank(content):
             raise BadInput("message_empty", "A message needs some text.", field="content")
 
     async def send(self, user_id: int, command: NewMessageCommand | EditMessageCommand) -> Message:

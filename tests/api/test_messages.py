@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import unicodedata
 import uuid
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
-from app.db.schemas import MAX_ID
+from app.db.schemas import FILLED_LINE, FILLED_TEXT, MAX_ID, is_blank
 from app.services.chat_log.changes import SendMessage
 from app.services.container import Services
 from tests.support.people import Json, Person, contents, people
@@ -49,7 +50,7 @@ NAUGHTY = [
     "\U0001f600" * 50,
     "\ufeffbyte order mark\ufffe\uffff",
     "\u2028line\u2029paragraph",
-    "\u200b",
+    "zero\u200bwidth",
     "\ue000 private \U0010ffff",
     "𝔘𝔫𝔦𝔠𝔬𝔡𝔢",
 ]
@@ -92,7 +93,7 @@ async def test_the_longest_text_fits_into_the_smallest_frame_and_body_that_the_s
         ann, bo = await people(client, 2)
         chat_id = await ann.personal(bo)
         async with await ann.open(server) as socket:
-            assert (await socket.say(chat_id, longest, ref="\U0001f600" * 64))["type"] == "ack"
+            assert (await socket.say(chat_id, longest))["type"] == "ack"
             frame = {
                 "type": "new_message",
                 "ref": "\U0001f600" * 64,
@@ -123,6 +124,7 @@ async def test_what_is_no_message_is_refused_over_both_doors(shared_server: Serv
             "too long in code points": (json.dumps("\U0001f600" * 4097), "message_too_long", "message_too_long"),
             "empty": ('""', "invalid_request", "invalid_frame"),
             "blank": (json.dumps(" \t\r\n\u00a0\u3000"), "message_empty", "message_empty"),
+            "invisible": (json.dumps("\u200b"), "message_empty", "message_empty"),
             "NUL": (json.dumps("a\x00b"), "invalid_request", "invalid_frame"),
             "a high surrogate alone": (r'"\ud83d"', "invalid_json", "invalid_json"),
             "a low surrogate alone": (r'"a\ude00b"', "invalid_json", "invalid_json"),
@@ -148,6 +150,64 @@ async def test_what_is_no_message_is_refused_over_both_doors(shared_server: Serv
                     assert error["retryable"] is False
             await socket.barrier()
         assert (await ann.history(chat_id))["items"] == [kept]
+
+
+BLANK = [
+    "\u200b",
+    "\u200d",
+    "\u3164",
+    "\u2800",
+    "\ufe0f",
+    "\u034f",
+    "\u115f\u1160",
+    "\u0301",
+    "\U000e0041",
+    " \u2060\t",
+]
+VISIBLE = [
+    "👩‍👩‍👧‍👦",
+    "1️⃣",
+    "🏴\U000e0067\U000e0062\U000e007f",
+    "x\u0301\u0302",
+    "नि",
+    "ㄱ",
+    "\u3164.",
+    "\ue000",
+    "©\ufe0f",
+]
+
+
+async def test_what_shows_nothing_is_no_message_caption_draft_title_or_name(client: httpx.AsyncClient) -> None:
+    ann, bo = await people(client, 2)
+    group = await ann.group(bo)
+    said = await ann.say(group, "said")
+    file = await ann.upload(b"notes", "notes.txt")
+    files = {"message_type": "file", "attachments": [file["file_id"]]}
+    path = f"/chats/{group}/messages"
+    for text in BLANK:
+        assert await ann.refused("POST", path, {"content": text}) == (422, "message_empty"), text
+        assert await ann.refused("POST", path, {"content": text, **files}) == (422, "message_empty"), text
+        assert await ann.refused("PATCH", f"{path}/{said['id']}", {"content": text}) == (422, "message_empty"), text
+        await ann.do("PUT", f"/chats/{group}/draft", {"content": "begun"})
+        assert (await ann.do("PUT", f"/chats/{group}/draft", {"content": text}))["content"] == ""
+        for where in (("POST", "/chats/group"), ("PATCH", f"/chats/{group}")):
+            assert await ann.refused(*where, {"title": text}) == (422, "invalid_request"), text
+        assert await ann.refused("PATCH", "/users/me", {"display_name": text}) == (422, "invalid_request"), text
+    for text in VISIBLE:
+        assert (await ann.say(group, text))["content"] == text
+        shown = unicodedata.normalize("NFC", text)
+        assert (await ann.do("PATCH", f"/chats/{group}", {"title": text}))["title"] == shown
+        assert (await ann.do("PATCH", "/users/me", {"display_name": text}))["display_name"] == shown
+    for caption in ({}, {"content": "notes"}):
+        assert (await ann.send_files(group, "file", file, **caption))["content"] == caption.get("content", "")
+
+
+def test_the_patterns_of_the_schemas_say_what_is_refused() -> None:
+    # Beyond, dialects of patterns differ.
+    for character in map(chr, (*range(1, 0xD800), *range(0xE000, 0x10000))):
+        filled = re.search(FILLED_TEXT, character) is not None
+        assert filled is not is_blank(character), hex(ord(character))
+        assert not re.search(FILLED_LINE, character) or filled
 
 
 async def test_a_message_is_sent_answered_edited_and_deleted(client: httpx.AsyncClient) -> None:
