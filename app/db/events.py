@@ -179,7 +179,9 @@ class AckEvent(TypedDict):
 
     type: Literal["ack"]
     ref: Annotated[str | None, Field(description="Of the command.", examples=["m1"])]
-    client_id: Annotated[str | None, Field(json_schema_extra={"format": "uuid"}, examples=[CLIENT_ID])]
+    client_id: Annotated[
+        str | None, Field(json_schema_extra={"format": "uuid"}, description="In lower case.", examples=[CLIENT_ID])
+    ]
     chat_id: ChatId | None
     message_id: Id | None
     seq: Seq | None
@@ -195,7 +197,10 @@ class ErrorEvent(TypedDict):
     retryable: Annotated[bool, Field(description="Whether the same command may succeed later.")]
     retry_after: Annotated[float | None, Field(description="Seconds to wait first.", examples=[None])]
     ref: Annotated[str | None, Field(description="Of the command.", examples=["m1"])]
-    client_id: Annotated[str | None, Field(json_schema_extra={"format": "uuid"}, examples=[CLIENT_ID])]
+    client_id: Annotated[
+        str | None,
+        Field(description="Of the command: in lower case, or as it was sent when it is no UUID.", examples=[CLIENT_ID]),
+    ]
 
 
 class HeartbeatEvent(TypedDict):

@@ -82,12 +82,28 @@ Moment = Annotated[
 ]
 """A time from a client: naive UTC, as the database has it."""
 CLIENT_ID = "7d444840-9dc0-11d1-b245-5ffdce74fad2"
+_UUID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.ASCII | re.IGNORECASE)
+
+
+def canonical_uuid(text: str) -> str | None:
+    """A UUID as it is written everywhere (RFC 9562): with hyphens, in lower case. None for all that is none."""
+    return text.lower() if _UUID.fullmatch(text) else None
+
+
+def _hyphenated(value: object) -> object:
+    # Python's own reader also takes braces, `urn:uuid:`, and hyphens anywhere or nowhere.
+    if isinstance(value, str) and canonical_uuid(value) is None:
+        raise ValueError("must be a UUID such as 7d444840-9dc0-11d1-b245-5ffdce74fad2")
+    return value
+
+
 ClientId = Annotated[
     UUID,
+    BeforeValidator(_hyphenated),
     Field(
         strict=False,
-        description="A UUID the client gives this send. A retry with the same one, at any time and over any door, "
-        "gets the first answer and stores nothing.",
+        description="A UUID the client gives this send, with hyphens; it comes back in lower case. A retry with the "
+        "same one, at any time and over any door, gets the first answer and stores nothing.",
         examples=[CLIENT_ID],
     ),
 ]
@@ -496,7 +512,12 @@ class Message(TypedDict):
     version: Version
     sender_id: UserId
     client_id: Annotated[
-        str, Field(json_schema_extra={"format": "uuid"}, examples=["7d444840-9dc0-11d1-b245-5ffdce74fad2"])
+        str,
+        Field(
+            json_schema_extra={"format": "uuid"},
+            description="Of the sender's client, or made by the server; in lower case.",
+            examples=[CLIENT_ID],
+        ),
     ]
     message_type: MessageType
     content: Annotated[str, Field(description="Empty when deleted or hidden.", examples=["Hello world!"])]

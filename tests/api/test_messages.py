@@ -152,6 +152,36 @@ async def test_what_is_no_message_is_refused_over_both_doors(shared_server: Serv
         assert (await ann.history(chat_id))["items"] == [kept]
 
 
+async def test_a_client_id_comes_back_in_lower_case_over_all_doors_and_in_one_form_only(server: Server) -> None:
+    async with server.client() as client:
+        ann, bo = await people(client, 2)
+        chat_id = await ann.personal(bo)
+        path = f"/chats/{chat_id}/messages"
+        async with await ann.open(server) as socket, await bo.open(server) as reader:
+            upper = str(uuid.uuid4()).upper()
+            ack = await socket.say(chat_id, "x", client_id=upper)
+            event = await reader.wait(type="new_message")
+            # Refused for its form, by the writer, and at once.
+            wrong = await socket.say(chat_id, "x", client_id=upper, unknown=1)
+            missing = await socket.say(999_999, "x", client_id=upper)
+            empty = await socket.say(chat_id, " ", client_id=upper)
+            again = await ann.say(chat_id, "again", client_id=upper)
+            told = [ack, event["message"], wrong, missing, empty, again]
+            assert [one["client_id"] for one in told] == [upper.lower()] * len(told)
+            assert again["id"] == ack["message_id"]
+            for form in (
+                f"{{{upper}}}",
+                f"urn:uuid:{upper}",
+                upper.replace("-", ""),
+                f"{upper[:-1]}\u0661",
+                f"{upper}\n",
+            ):
+                refused = await socket.say(chat_id, "x", client_id=form)
+                assert (refused["code"], refused["client_id"]) == ("invalid_frame", form)
+                assert await ann.refused("POST", path, {"content": "x", "client_id": form}) == (422, "invalid_request")
+        assert contents(await bo.history(chat_id)) == ["x"]
+
+
 BLANK = [
     "\u200b",
     "\u200d",

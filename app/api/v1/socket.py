@@ -45,7 +45,7 @@ from app.db.events import (
     SubscribePresenceCommand,
     TypingCommand,
 )
-from app.db.schemas import ResumeIn
+from app.db.schemas import ResumeIn, canonical_uuid
 from app.services.admission import Place
 from app.services.caller import Caller
 from app.services.chat_log.changes import Done
@@ -420,5 +420,5 @@ def _names_of(data: bytes) -> tuple[str | None, str | None]:
     ref, client_id = frame.get("ref"), frame.get("client_id")
     return (
         ref if isinstance(ref, str) and len(ref) <= 64 else None,
-        client_id if isinstance(client_id, str) and len(client_id) <= 64 else None,
+        canonical_uuid(client_id) or client_id if isinstance(client_id, str) and len(client_id) <= 64 else None,
     )
