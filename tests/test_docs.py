@@ -13,6 +13,7 @@ from typing import Any, get_args, get_type_hints
 import pytest
 
 from app.api.problems import CODES, DETAILS
+from app.api.webhooks import event_schemas
 from app.core import errors
 from app.core.config import Settings
 from app.db import events
@@ -180,13 +181,59 @@ def test_commands_in_the_protocol_are_accepted() -> None:
         events.COMMANDS.validate_json(example)
 
 
-def test_events_in_the_protocol_have_their_fields() -> None:
-    fields = {_type(kind): set(get_type_hints(kind)) for kind in get_args(events.AnyEvent)}
-    shown = [json.loads(example) for example in _examples("Answers", "\n## ")]
-    shown = [event for event in shown if "type" in event]
-    assert len(shown) == len(fields)
-    for event in shown:
-        assert set(event) == fields[event["type"]], event["type"]
+def _completed(shown: Any, whole: dict[str, Any]) -> Any:
+    """An example with what it leaves out (`"...": "..."`) as the example that shows all of a message or a member."""
+    if isinstance(shown, list):
+        return [_completed(item, whole) for item in shown]
+    if not isinstance(shown, dict):
+        return shown
+    if "..." in shown:
+        left_out = whole["member" if "user_id" in shown else "message"]
+        shown = left_out | {key: value for key, value in shown.items() if key != "..."}
+    return {key: _completed(value, whole) for key, value in shown.items()}
+
+
+def _exactly(schema: Any) -> Any:
+    """A schema that allows no field it does not name, at any depth."""
+    if isinstance(schema, list):
+        return [_exactly(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    exact = {key: _exactly(value) for key, value in schema.items()}
+    return exact | {"additionalProperties": False} if "properties" in schema else exact
+
+
+def test_events_in_the_protocol_are_what_their_schemas_say() -> None:
+    require_library("jsonschema_rs")
+    from jsonschema_rs import Draft202012Validator
+
+    examples = [json.loads(example) for example in _examples("Answers", "\n## ")]
+    shown = {event["type"]: event for event in examples if "type" in event}
+    assert list(shown) == [event["type"] for event in examples if "type" in event], "each once"
+    names = {_type(kind): kind.__name__ for kind in get_args(events.AnyEvent)}
+    assert set(shown) == set(names)
+    whole = {"message": shown["new_message"]["message"], "member": shown["members_changed"]["members"][0]}
+    components = {"schemas": _exactly(event_schemas())}
+    for name, event in shown.items():
+        schema = {"$ref": f"#/components/schemas/{names[name]}", "components": components}
+        validator = Draft202012Validator(schema, validate_formats=True)
+        assert not [str(error) for error in validator.iter_errors(_completed(event, whole))], name
+    [service] = [example for example in examples if "type" not in example]
+    schema = {"$ref": "#/components/schemas/Service", "components": components}
+    Draft202012Validator(schema).validate(service)
+
+
+def test_answers_in_the_protocol_are_what_their_schemas_say(openapi: Any) -> None:
+    require_library("jsonschema_rs")
+    from jsonschema_rs import Draft202012Validator
+
+    components = {"schemas": _exactly(openapi["components"]["schemas"])}
+    sections = {"Files": "UploadedFile", "Why did it not arrive?": "MessageTrace"}
+    for heading, name in sections.items():
+        section = PROTOCOL.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+        answer = json.loads(re.findall(r"```json\n(.+?)```", section, re.DOTALL)[0])
+        schema = {"$ref": f"#/components/schemas/{name}", "components": components}
+        Draft202012Validator(schema, validate_formats=True).validate(answer)
 
 
 # --- the documents for machines ---
