@@ -19,7 +19,9 @@ from app.services.container import Services
 from app.services.health_service import Ask, HealthService, State
 from app.services.storage import INCOMING
 from tests.api.test_edge import assert_problem
+from tests.conftest import StartServer
 from tests.support.people import people
+from tests.support.servers import Door
 
 ALL_WELL = {"database": "ok", "database_writes": "ok", "storage": "ok", "push": "off", "redis": "off"}
 
@@ -52,6 +54,31 @@ async def test_a_healthy_server_is_alive_and_ready(client: httpx.AsyncClient) ->
     assert (await client.get("/health/live")).json() == {"status": "ok"}
     ready = await client.get("/health/ready")
     assert (ready.status_code, ready.json()) == (200, {"status": "ok", "checks": ALL_WELL})
+
+
+@pytest.mark.parametrize("door", ["tuned", "plain"])
+async def test_who_asks_for_the_head_of_an_answer_alone_gets_it(
+    settings: Settings, start_server: StartServer, door: Door
+) -> None:
+    server = start_server(settings, door)
+    async with server.client() as client:
+        for path in ("/health/live", "/health/ready"):
+            for _ in range(2):  # what came of the first leaves nothing behind in the connection
+                head, whole = await client.head(path), await client.get(path)
+                assert (head.status_code, head.content) == (200, b"")
+                assert head.headers["content-length"] == str(len(whole.content))
+                assert head.headers["content-type"] == whole.headers["content-type"]
+
+
+async def test_the_head_of_an_answer_says_that_a_database_is_away(
+    client: httpx.AsyncClient, services: Services, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def no_answer() -> bool:
+        return False
+
+    monkeypatch.setattr(services.database, "ping", no_answer)
+    response = await client.head("/health/ready")
+    assert (response.status_code, response.headers["retry-after"]) == (503, "2")
 
 
 async def test_without_its_database_it_lives_and_is_not_ready(

@@ -34,12 +34,14 @@ class Readiness(Health):
     ]
 
 
+@router.head("/live", include_in_schema=False)
 @router.get("/live", summary="Whether the process runs")
 async def check_liveness() -> Health:
     """Answers as long as the event loop turns; asks nobody else."""
     return {"status": "ok"}
 
 
+@router.head("/ready", response_model=Readiness, include_in_schema=False)
 @router.get(
     "/ready", summary="Whether requests can be served", response_model=Readiness, responses=problems("not_ready")
 )
