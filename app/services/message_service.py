@@ -24,6 +24,7 @@ from app.db.repositories.chat_log import MessageRow
 from app.db.schemas import MAX_ID, History, Message, Readers, is_blank
 from app.services.chat_log.catch_up import visible_messages
 from app.services.chat_log.changes import DeleteMessage, Done, EditMessage, Mark, SendMessage
+from app.services.chat_log.views import hidden_view
 from app.services.chat_log.writer import OnDone, Writer
 from app.services.token_bucket import AccountLimit
 from app.services.typing_service import TypingService
@@ -131,7 +132,10 @@ class MessageService:
         if done.message is None:
             raise RuntimeError("a message that was written has no message")
         if isinstance(command, EditMessageCommand) or done.earlier:  # what the caller may have hidden
-            return await self.get(user_id, command.chat_id, done.message["id"])
+            async with self._database.reading() as session:
+                seq = done.message["seq"]
+                if await log_repository.list_hidden(session, user_id, command.chat_id, [seq]):
+                    return hidden_view(done.message)
         return done.message
 
     async def delete(self, user_id: int, command: DeleteMessageCommand) -> None:

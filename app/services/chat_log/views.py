@@ -37,7 +37,7 @@ NAMED_MAX = 3
 
 def message_view(row: MessageRow, *, hidden: bool = False) -> Message:
     """A message as the wire shows it; `hidden` when the viewer deleted it for themselves."""
-    return {
+    message: Message = {
         "id": row.id,
         "chat_id": row.chat_id,
         "seq": row.seq,
@@ -45,16 +45,22 @@ def message_view(row: MessageRow, *, hidden: bool = False) -> Message:
         "sender_id": row.sender_id,
         "client_id": uuid_text(row.client_id),
         "message_type": cast(MessageType, row.message_type),
-        "content": "" if hidden else row.content,
+        "content": row.content,
         "service": cast(Service, json.loads(row.service)) if row.service else None,
-        "attachments": cast(list[Attachment], json.loads(row.attachments)) if row.attachments and not hidden else [],
+        "attachments": cast(list[Attachment], json.loads(row.attachments)) if row.attachments else [],
         "reply_to": row.reply_to_id,
         "reply_to_seq": row.reply_to_seq,
         "created_at": timestamp(row.created_at),
         "edited_at": timestamp(row.edited_at) if row.edited_at else None,
         "deleted": row.deleted_at is not None,
-        "hidden": hidden,
+        "hidden": False,
     }
+    return hidden_view(message) if hidden else message
+
+
+def hidden_view(message: Message) -> Message:
+    """A message as it shows to whoever deleted it for themselves."""
+    return {**message, "content": "", "attachments": [], "hidden": True}
 
 
 def people_named(message: Message) -> set[int]:
