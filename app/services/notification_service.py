@@ -256,7 +256,7 @@ class NotificationService:
 
     async def _register(self, caller: Caller, body: PushDeviceIn) -> None:
         now = self._now()
-        async with self._unit_of_work() as uow:
+        async with self._unit_of_work.of(caller.user_id) as uow:
             # Under the lock: a device registered while its session ends would outlive it.
             row = await session_repository.lock_session(uow.session, caller.session_id)
             if row is None or not row.is_alive(now):
@@ -266,7 +266,7 @@ class NotificationService:
 
     async def forget_device(self, caller: Caller) -> None:
         """Push nothing to the caller's session any more."""
-        async with self._unit_of_work() as uow:
+        async with self._unit_of_work.of(caller.user_id) as uow:
             await repository.delete_devices(uow.session, [caller.session_id])
 
     # --- hints ---

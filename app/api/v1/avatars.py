@@ -73,7 +73,7 @@ async def upload_my_avatar(request: Request, services: ServicesDep, caller: Call
     async with await services.avatars.receive(caller.user_id) as incoming:
         await receive_file(request, services.settings, incoming.write)
         name = await services.avatars.add(caller.user_id, incoming)
-    async with services.unit_of_work() as uow:
+    async with services.unit_of_work.of(caller.user_id) as uow:
         me, before = await services.users.set_avatar(uow, caller.user_id, name)
         await services.avatars.replace(uow, before, name)
         return me
@@ -82,7 +82,7 @@ async def upload_my_avatar(request: Request, services: ServicesDep, caller: Call
 @router.delete("/users/me/avatar", summary="Delete my avatar")
 async def delete_my_avatar(services: ServicesDep, caller: CallerDep) -> Me:
     """Have no picture."""
-    async with services.unit_of_work() as uow:
+    async with services.unit_of_work.of(caller.user_id) as uow:
         me, before = await services.users.set_avatar(uow, caller.user_id, None)
         await services.avatars.replace(uow, before, None)
         return me
@@ -100,7 +100,7 @@ async def upload_chat_avatar(request: Request, services: ServicesDep, caller: Ca
     async with await services.avatars.receive(caller.user_id) as incoming:
         await receive_file(request, services.settings, incoming.write)
         name = await services.avatars.add(caller.user_id, incoming)
-    async with services.unit_of_work() as uow:
+    async with services.unit_of_work.of(caller.user_id) as uow:
         chat, before = await services.chats.set_avatar(uow, caller.user_id, chat_id, name)
         await services.avatars.replace(uow, before, name)
         return chat
@@ -111,7 +111,7 @@ async def upload_chat_avatar(request: Request, services: ServicesDep, caller: Ca
 )
 async def delete_chat_avatar(services: ServicesDep, caller: CallerDep, chat_id: ChatId) -> Chat:
     """Have no picture of a group; its admins only."""
-    async with services.unit_of_work() as uow:
+    async with services.unit_of_work.of(caller.user_id) as uow:
         chat, before = await services.chats.set_avatar(uow, caller.user_id, chat_id, None)
         await services.avatars.replace(uow, before, None)
         return chat

@@ -102,7 +102,7 @@ class Done:
     """A change that is part of the log now; `message` is the one sent, edited or deleted."""
 
     message: Message | None = None
-    earlier: bool = False
+    earlier: bool = field(default=False, compare=False)
     """Sent before, with the same client id."""
 
 
