@@ -5,11 +5,10 @@ from __future__ import annotations
 from logging.config import fileConfig
 
 from alembic import context
-from sqlalchemy import Connection, create_engine
-from sqlalchemy.pool import NullPool
+from sqlalchemy import Connection
 
 from app.core.config import get_settings
-from app.db.database import database_url
+from app.db.database import database_url, migration_engine
 from app.db.models import Base
 
 config = context.config
@@ -52,7 +51,7 @@ def main() -> None:
     if context.is_offline_mode():
         print_sql()
         return
-    engine = create_engine(database_url(get_settings(), driver="sync"), poolclass=NullPool)
+    engine = migration_engine(get_settings())
     with engine.connect() as connection:
         run(connection)
     engine.dispose()

@@ -29,7 +29,7 @@ from alembic.config import Config as AlembicConfig
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, create_engine, event, text
-from sqlalchemy.engine import URL
+from sqlalchemy.engine import URL, Engine
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
@@ -590,6 +590,18 @@ def alembic_config() -> AlembicConfig:
     return config
 
 
+def migration_engine(settings: Settings) -> Engine:
+    """Connections for the revisions, none of them kept.
+
+    As the server's own they read what is committed: at MySQL's default a revision that fills a table from another
+    would lock every row of that for the servers that are still at work.
+    """
+    url = database_url(settings, driver="sync")
+    if settings.uses_mysql:
+        return create_engine(url, poolclass=NullPool, isolation_level="READ COMMITTED")
+    return create_engine(url, poolclass=NullPool)
+
+
 def create_all_tables() -> None:
     """Create the database where it is missing and bring its schema up to date (`alembic upgrade head`).
 
@@ -613,7 +625,7 @@ def migrate(settings: Settings, revision: str = "head") -> None:
             _create_mysql_database(settings, url)
         else:
             _make_private(settings.sqlite_path)
-        engine = create_engine(url, poolclass=NullPool)
+        engine = migration_engine(settings)
         try:
             with contextlib.ExitStack() as held, engine.connect() as connection:
                 if settings.uses_mysql:

@@ -393,7 +393,7 @@ class AuthService:
             raise _wrong_password()
         await self.limiter.clear("limit_login_failures_per_account", *failures)
         new_hash = await self.hasher.hash(new)
-        async with self.unit_of_work() as uow:
+        async with self.unit_of_work.of(caller.user_id) as uow:
             if await user_repository.lock_password_hash(uow.session, caller.user_id) != stored:
                 raise _wrong_password()
             await user_repository.update_password(uow.session, caller.user_id, new_hash)

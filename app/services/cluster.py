@@ -90,6 +90,14 @@ class UsernameItem(TypedDict):
     username: str
 
 
+class VisitItem(TypedDict):
+    """A session did something without a socket."""
+
+    kind: Literal["visit"]
+    user_id: int
+    session_id: int
+
+
 class OnlineItem(TypedDict):
     """Sockets of users on a worker: of some, each change numbered, or of all, as of a number."""
 
@@ -128,6 +136,7 @@ AnyItem = (
     | SessionEndedItem
     | SeparatedItem
     | UsernameItem
+    | VisitItem
     | OnlineItem
     | AskOnlineItem
     | PushItem
@@ -167,6 +176,7 @@ class Cluster:
             bus.on_item, bus.on_peer, bus.on_lost = self._on_item, self._on_peer, self._lost.set
             bus.beat = self._beat
             online.here_listeners.append(self._on_here)
+            online.visit_listeners.append(self._on_visit)
 
     @property
     def worker_id(self) -> str:
@@ -264,6 +274,10 @@ class Cluster:
             asyncio.get_running_loop().call_soon(self._tell_dirty)  # with whoever else comes and goes in this turn
         self._dirty.add(user_id)
 
+    def _on_visit(self, user_id: int, session_id: int) -> None:
+        if self._pusher is not None:  # nobody else asks
+            self._post({"kind": "visit", "user_id": user_id, "session_id": session_id}, self._pusher)
+
     def _tell_dirty(self) -> None:
         dirty, self._dirty = self._dirty, set()
         self._number += 1
@@ -306,6 +320,8 @@ class Cluster:
                 self.on_separated(item["user_id"], item["other_id"])
             case "username":
                 self.on_username(item["username"])
+            case "visit":
+                self._online.visited(item["user_id"], item["session_id"])
             case "push":
                 for chat_id in item["chat_ids"]:
                     self.on_push(chat_id)

@@ -344,6 +344,7 @@ def build_services(settings: Settings, clock: Clock | None = None) -> Services:
             unit_of_work=unit_of_work,
             typing=typing,
             limit=message_limit,
+            online=online,
         ),
         storage=storage,
         files=files,

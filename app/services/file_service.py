@@ -15,7 +15,7 @@ import logging
 import os
 import secrets
 from collections import Counter
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path, PurePath
@@ -46,6 +46,7 @@ from app.services.file_types import HEAD_BYTES, OCTETS, detect
 from app.services.image_service import ImageService, looks_like_image
 from app.services.rate_limiter import RateLimiter
 from app.services.storage import INCOMING, Storage, clear_incoming, new_key, reason_of, storage_failed
+from app.services.unit_of_work import UnitOfWork
 
 log = logging.getLogger(__name__)
 
@@ -340,19 +341,18 @@ class FileService:
 
     # --- going for good ---
 
-    async def delete(self, user_id: int, file_id: int) -> None:
+    async def delete(self, uow: UnitOfWork, user_id: int, file_id: int) -> None:
         """Give up a file of one's own that no message holds: it counts no more, and the collector takes its bytes.
 
         Raises NotFound (`file_not_found`), also for what is not the caller's, and Conflict (`file_in_use`).
         """
         now = self._clock.now().replace(tzinfo=None)
-        async with self._database.writing() as session:
-            if not await repository.lock_own(session, file_id, user_id):
-                raise file_not_found()
-            # Asked under the lock: who attaches a file locks it first.
-            if await repository.list_attached(session, [file_id]):
-                raise Conflict("file_in_use", "A message holds this file; delete the message instead.")
-            await repository.hide_files(session, [file_id], again_at=now)
+        if not await repository.lock_own(uow.session, file_id, user_id):
+            raise file_not_found()
+        # Asked under the lock: who attaches a file locks it first.
+        if await repository.list_attached(uow.session, [file_id]):
+            raise Conflict("file_in_use", "A message holds this file; delete the message instead.")
+        await repository.hide_files(uow.session, [file_id], again_at=now)
 
     # --- collecting ---
 
@@ -372,7 +372,6 @@ class FileService:
     async def collect(self) -> bool:
         """Delete files that no message holds and whose time has come; True when there may be more."""
         now = self._clock.now().replace(tzinfo=None)
-        more = await self._let_go(now)
         async with self._database.writing() as session:
             due = await repository.lock_collectable(session, now, COLLECT_PAGE)
             # Asked under the lock: who attaches a file locks it first.
@@ -384,6 +383,8 @@ class FileService:
                 await repository.hide_files(session, [file.id for file in gone], again_at=now + COLLECT_AGAIN)
         if gone:
             await self._delete(gone)
+        # After what is due: a chat that cannot be emptied holds up no file.
+        more = await self._let_go(now)
         return more or len(due) == COLLECT_PAGE
 
     async def _let_go(self, now: datetime) -> bool:
@@ -436,12 +437,21 @@ def _thumbnail_key(key: str) -> str:
     return f"{key}.{repository.THUMBNAIL_EDGE}"
 
 
+@contextlib.contextmanager
+def _reading_back() -> Iterator[None]:
+    """What has come in is read again. Raises Unavailable (`storage_unavailable`)."""
+    try:
+        yield
+    except OSError as error:
+        raise storage_failed("read", INCOMING, error) from error
+
+
 def _detect(path: Path) -> tuple[str, FileKind]:
-    with path.open("rb", 0) as file:
+    with _reading_back(), path.open("rb", 0) as file:
         return detect(file)
 
 
 def _measure(path: Path, thumbnail: Path) -> tuple[int, bytes, int]:
-    with path.open("rb") as file:
+    with _reading_back(), path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").digest()
-    return os.path.getsize(path), digest, os.path.getsize(thumbnail)
+        return os.path.getsize(path), digest, os.path.getsize(thumbnail)

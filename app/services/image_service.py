@@ -67,7 +67,8 @@ class ImageService:
 
     async def _decode(self, user_id: int, job: Job) -> Decoded:
         # Who stands in line already makes nobody wait longer by another image.
-        if self._line.accounts >= self._settings.image_queue and user_id not in self._line:
+        full = self._settings.image_processes + self._settings.image_queue
+        if self._line.accounts >= full and user_id not in self._line:
             raise Unavailable("overloaded", "Too many images are waiting; try again.", retry_after=5)
         async with self._line.of(user_id):
             status, output = await self._run(json.dumps(asdict(job)).encode())

@@ -8,7 +8,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.core.clock import Clock, timestamp
 from app.core.config import Settings
-from app.core.errors import BadInput, chat_not_found, message_not_found
+from app.core.errors import BadInput, Unavailable, chat_not_found, message_not_found
 from app.db.database import Database
 from app.db.events import (
     DeleteMessageCommand,
@@ -22,10 +22,12 @@ from app.db.repositories import chat_log as log_repository
 from app.db.repositories import chats as chats_repository
 from app.db.repositories.chat_log import MessageRow
 from app.db.schemas import MAX_ID, History, Message, Readers, is_blank
+from app.services.caller import Caller
 from app.services.chat_log.catch_up import visible_messages
 from app.services.chat_log.changes import DeleteMessage, Done, EditMessage, Mark, SendMessage
 from app.services.chat_log.views import hidden_view
 from app.services.chat_log.writer import OnDone, Writer
+from app.services.online import Online
 from app.services.token_bucket import AccountLimit
 from app.services.typing_service import TypingService
 from app.services.unit_of_work import UnitOfWork, UnitOfWorkFactory
@@ -54,6 +56,7 @@ class MessageService:
         unit_of_work: UnitOfWorkFactory,
         typing: TypingService,
         limit: AccountLimit,
+        online: Online,
     ) -> None:
         self._settings = settings
         self._clock = clock
@@ -62,6 +65,7 @@ class MessageService:
         self._unit_of_work = unit_of_work
         self._typing = typing
         self._limit = limit
+        self._online = online
 
     # --- writing ---
 
@@ -71,6 +75,12 @@ class MessageService:
         Raises what can be refused at once: limits, sizes, an overloaded server.
         """
         self._writer.submit(self._change(user_id, command), on_done)
+
+    async def mark(self, caller: Caller, command: MessageReadCommand | MessageDeliveredCommand) -> None:
+        """Mark without a socket. Raises what refused it."""
+        # First: once it is stored, push must not take it for the mark of another device, which has a socket.
+        self._online.visit(caller.user_id, caller.session_id)
+        await self.write(caller.user_id, command)
 
     async def write(self, user_id: int, command: StoredCommand) -> Done:
         """Do a command and wait until it is committed. Raises what refused it."""
@@ -131,11 +141,16 @@ class MessageService:
         done = await self.write(user_id, command)
         if done.message is None:
             raise RuntimeError("a message that was written has no message")
-        if isinstance(command, EditMessageCommand) or done.earlier:  # what the caller may have hidden
-            async with self._database.reading() as session:
-                seq = done.message["seq"]
-                if await log_repository.list_hidden(session, user_id, command.chat_id, [seq]):
-                    return hidden_view(done.message)
+        is_edit = isinstance(command, EditMessageCommand)
+        if is_edit or done.earlier:  # what the caller may have hidden
+            try:
+                async with self._database.reading() as session:
+                    seq = done.message["seq"]
+                    if await log_repository.list_hidden(session, user_id, command.chat_id, [seq]):
+                        return hidden_view(done.message)
+            except Unavailable:
+                if not is_edit:  # else the text is the caller's own, and everybody has it by now
+                    raise
         return done.message
 
     async def delete(self, user_id: int, command: DeleteMessageCommand) -> None:

@@ -93,6 +93,8 @@ class _Job:
     due: float
     wanted: int
     """With an open socket it has until `due` to mark this one delivered by itself."""
+    sure_at: float = 0.0
+    """Until then its socket is watched; see `_watch`."""
     trying: int = 0
     """The newest when the last try began."""
     backoff: float = 0.0
@@ -421,7 +423,7 @@ class NotificationService:
 
     def _give_grace(self, job: _Job) -> None:
         """Let a device with an open socket mark the newest delivered before it is pushed to."""
-        job.due, job.wanted = asyncio.get_running_loop().time(), job.seq
+        job.due, job.wanted, job.sure_at = asyncio.get_running_loop().time(), job.seq, 0.0
         if job.session_id in self._online.live_sessions(job.user_id):
             job.due += self._settings.push_grace_seconds
 
@@ -463,6 +465,9 @@ class NotificationService:
         loop = asyncio.get_running_loop()
         if job.due > loop.time():
             return job.due - loop.time()
+        if loop.time() < job.sure_at and job.session_id in self._online.live_sessions(job.user_id):
+            job.trying = job.wanted
+            return WATCH_SECONDS  # the database has nothing new to say
         # First what is only the chat's: whoever waits there keeps no other chat waiting.
         lane = (chat.retry_slots, self._retry_slots) if job.backoff else (chat.slots, contextlib.nullcontext())
         async with lane[0], lane[1], self._slots:
@@ -495,9 +500,8 @@ class NotificationService:
         """
         if self._online.recent_sessions(job.user_id) == {job.session_id}:
             return None
-        if asyncio.get_running_loop().time() >= job.due + dead_socket_seconds(self._settings):
-            return None
-        return WATCH_SECONDS
+        job.sure_at = job.due + dead_socket_seconds(self._settings)
+        return None if asyncio.get_running_loop().time() >= job.sure_at else WATCH_SECONDS
 
     async def _send(self, chat: _Chat, job: _Job, device: DeviceRow, unread: int) -> float | None:
         if self._firebase is None:

@@ -39,6 +39,8 @@ class Online:
         self.listeners: list[OnlineListener] = []
         """Called with a user, and whether they have a socket anywhere now."""
         self.here_listeners: list[OnlineHere] = []
+        self.visit_listeners: list[Callable[[int, int], None]] = []
+        """Called with the user and the session of somebody who was here without a socket."""
         connections.listeners.append(self._on_sockets)
 
     def is_online(self, user_id: int) -> bool:
@@ -60,6 +62,16 @@ class Online:
         """The user's sessions that have an open socket anywhere, or had one lately."""
         live = self.live_sessions(user_id) | self._connections.closing_sessions(user_id)
         return live | self._gone_lately(user_id).keys()
+
+    def visit(self, user_id: int, session_id: int) -> None:
+        """A session did something without a socket here: it had one lately, as far as `recent_sessions` goes."""
+        self.visited(user_id, session_id)
+        for listener in self.visit_listeners:
+            listener(user_id, session_id)
+
+    def visited(self, user_id: int, session_id: int) -> None:
+        """So it did on another worker."""
+        self._note_gone(user_id, session_id)
 
     def _gone_lately(self, user_id: int) -> dict[int, float]:
         since = self._clock.monotonic() - self._lately_seconds

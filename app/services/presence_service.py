@@ -232,8 +232,9 @@ class PresenceService:
                 for user_id, at in sorted(batch.items()):
                     moments.setdefault(at, []).append(user_id)
                 try:
-                    async with self._database.writing() as session:
-                        for at, user_ids in moments.items():
+                    for at, user_ids in moments.items():
+                        # Each in a transaction of its own, which locks users in the order of their ids as all do.
+                        async with self._database.writing() as session:
                             await users_repository.touch_last_seen(session, user_ids, at, now=self._now())
                 except Unavailable:
                     log.info("last_seen_not_stored", extra={"users": len(self._seen)})

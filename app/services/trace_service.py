@@ -222,7 +222,8 @@ class TraceService:
         answers = {self._answer(message, chat, phone) for phone in phones}
         # What was sent before a block keeps its answer: one that was taken back would tell of it. What is sent since
         # looks like sent to somebody who has muted the chat.
-        if pair.was_apart_at(message.created_at):
+        # In a group a block keeps nobody from being pushed to, and changes nothing of what came of it.
+        if chat.type == "personal" and pair.was_apart_at(message.created_at):
             answers &= OF_MUTED
         return next((answer for answer in BEST_FIRST if answer in answers), "none")
 

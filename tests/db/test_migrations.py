@@ -14,7 +14,7 @@ from sqlalchemy import Connection, Engine, create_engine, event, inspect, text
 from sqlalchemy.pool import NullPool
 
 from app.core.config import Settings
-from app.db.database import alembic_config, create_all_tables, database_url, migrate
+from app.db.database import alembic_config, create_all_tables, database_url, migrate, migration_engine
 from app.db.models import Base
 from tests.support.databases import MysqlDatabase
 
@@ -236,6 +236,18 @@ def test_messages_that_are_there_get_no_worker_and_are_not_written_anew(settings
     with engine.begin() as connection:
         assert connection.execute(text("SELECT content, worker FROM messages")).all() == [("hello", None)]
         connection.execute(text("DELETE FROM messages"))
+
+
+def test_a_revision_that_reads_a_table_locks_none_of_its_rows(settings: Settings, engine: Engine) -> None:
+    del engine
+    if not settings.uses_mysql:
+        pytest.skip("SQLite locks the file")
+    reviser = migration_engine(settings)
+    try:
+        with reviser.connect() as connection:
+            assert connection.execute(text("SELECT @@transaction_isolation")).scalar_one() == "READ-COMMITTED"
+    finally:
+        reviser.dispose()
 
 
 def test_usernames_compare_without_case_and_phones_exactly(engine: Engine) -> None:

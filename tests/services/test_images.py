@@ -254,7 +254,7 @@ async def test_whoever_sends_one_picture_waits_for_one_of_those_who_send_many(tm
 
 
 async def test_the_line_for_images_is_full_of_people_and_not_of_pictures(tmp_path: Path) -> None:
-    album = Album(tmp_path, image_queue=2)
+    album = Album(tmp_path, image_queue=1)
     answers = await asyncio.gather(
         *(album.send(ANN, number) for number in range(4)), album.send(BO), album.send(CY), album.send(BO, 1),
         return_exceptions=True,

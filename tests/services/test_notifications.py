@@ -23,6 +23,7 @@ from app.db.models import Chat
 from app.db.repositories import push as repository
 from app.db.repositories.push import DeviceRow, Target, UnpushedChat
 from app.services import notification_service
+from app.services.caller import Caller
 from app.services.container import Services
 from app.services.firebase import Push
 from app.services.notification_service import NotificationService
@@ -376,7 +377,7 @@ async def test_a_search_finds_what_lags_behind_however_many_chats_are_busy(
 
 
 @pytest.mark.settings(push_grace_seconds=1, socket_heartbeat_seconds=0.1, socket_timeout_seconds=0.1)
-@pytest.mark.parametrize("desk", ["stays", "leaves", "leaves another worker"])
+@pytest.mark.parametrize("desk", ["stays", "leaves", "leaves another worker", "has no socket"])
 async def test_a_phone_half_dead_is_told_though_the_desk_marked_the_message_whether_that_stays_or_leaves(
     client: httpx.AsyncClient, services: Services, google: FakeGoogle, monkeypatch: pytest.MonkeyPatch, desk: str
 ) -> None:
@@ -389,26 +390,37 @@ async def test_a_phone_half_dead_is_told_though_the_desk_marked_the_message_whet
     another = session["id"] + 1
     if elsewhere := desk == "leaves another worker":
         services.online.update("other", [(bo.id, frozenset({another}))])
-    here = None if elsewhere else services.connections.add(Wire(), bo.id, another, expires_at)
-    looks = asyncio.Semaphore(0)
-    list_targets = repository.list_targets
+    here = (
+        None if elsewhere or desk == "has no socket" else services.connections.add(Wire(), bo.id, another, expires_at)
+    )
+    looks, questions = asyncio.Semaphore(0), 0
+    attempt, list_targets = services.notifications._attempt, repository.list_targets
+
+    async def counted_attempt(*arguments: Any) -> float | None:
+        looks.release()
+        return await attempt(*arguments)
 
     async def counted(session: AsyncSession, chat_ids: Sequence[int], **options: Any) -> list[Target]:
-        if "session_id" in options:
-            looks.release()
+        nonlocal questions
+        questions += "session_id" in options
         return await list_targets(session, chat_ids, **options)
 
+    monkeypatch.setattr(services.notifications, "_attempt", counted_attempt)
     monkeypatch.setattr(repository, "list_targets", counted)
     message = await ann.say(chat, "hi")
     delivered = MessageDeliveredCommand(type="message_delivered", chat_id=chat, message_id=message["id"])
-    await services.messages.write(bo.id, delivered)
+    if desk == "has no socket":
+        await services.messages.mark(Caller(bo.id, another, expires_at), delivered)
+    else:
+        await services.messages.write(bo.id, delivered)
     if elsewhere:
         services.online.update("other", [(bo.id, frozenset())])
     elif here is not None and desk == "leaves":
         services.connections.remove(here)
     async with asyncio.timeout(20):
-        for _ in range(3):  # a ping is missed by now, but the farewell to the phone is still on its way
+        for _ in range(5):  # a ping is missed by now, but the farewell to the phone is still on its way
             await looks.acquire()
+    assert questions == 1  # the socket alone is watched
     services.connections.remove(phone)
     await google.wait(token)
 

@@ -265,8 +265,8 @@ async def delete_message(
 )
 async def mark_message_read(services: ServicesDep, caller: CallerDep, chat_id: ChatId, message_id: MessageId) -> None:
     """Mark a message, and all before it, as read."""
-    await services.messages.write(
-        caller.user_id, MessageReadCommand(type="message_read", chat_id=chat_id, message_id=message_id)
+    await services.messages.mark(
+        caller, MessageReadCommand(type="message_read", chat_id=chat_id, message_id=message_id)
     )
 
 
@@ -280,8 +280,8 @@ async def mark_message_delivered(
     services: ServicesDep, caller: CallerDep, chat_id: ChatId, message_id: MessageId
 ) -> None:
     """Mark a message, and all before it, as having reached one of the caller's devices: after a push, for instance."""
-    await services.messages.write(
-        caller.user_id, MessageDeliveredCommand(type="message_delivered", chat_id=chat_id, message_id=message_id)
+    await services.messages.mark(
+        caller, MessageDeliveredCommand(type="message_delivered", chat_id=chat_id, message_id=message_id)
     )
 
 

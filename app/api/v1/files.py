@@ -13,7 +13,7 @@ from urllib.parse import quote
 from fastapi import APIRouter, Depends, Header, Path, Request
 from starlette.responses import Response, StreamingResponse
 
-from app.api.deps import CallerDep, ServicesDep
+from app.api.deps import CallerDep, ServicesDep, UowDep
 from app.api.problems import problem, problems
 from app.core.errors import file_not_found
 from app.db.schemas import MAX_ID
@@ -120,13 +120,13 @@ async def fetch_thumbnail(
     status_code=204,
     responses=problems("file_in_use"),
 )
-async def delete_file(services: ServicesDep, caller: CallerDep, file_id: FileId) -> None:
+async def delete_file(services: ServicesDep, caller: CallerDep, uow: UowDep, file_id: FileId) -> None:
     """Give up a file of one's own that no message holds, or none any more: its room is free at once.
 
     404 `file_not_found`, also for the file of somebody else. 409 `file_in_use` while a message holds it, in whatever
     chat: deleting that message for everybody takes the file out of it.
     """
-    await services.files.delete(caller.user_id, file_id)
+    await services.files.delete(uow, caller.user_id, file_id)
 
 
 async def _respond(request: Request, services: ServicesDep, content: Content, conditions: Conditions) -> Response:
