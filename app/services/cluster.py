@@ -321,7 +321,7 @@ class Cluster:
             case "username":
                 self.on_username(item["username"])
             case "visit":
-                self._online.visited(item["user_id"], item["session_id"])
+                self._online.note_gone(item["user_id"], item["session_id"])
             case "push":
                 for chat_id in item["chat_ids"]:
                     self.on_push(chat_id)

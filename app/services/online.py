@@ -65,19 +65,16 @@ class Online:
 
     def visit(self, user_id: int, session_id: int) -> None:
         """A session did something without a socket here: it had one lately, as far as `recent_sessions` goes."""
-        self.visited(user_id, session_id)
+        self.note_gone(user_id, session_id)
         for listener in self.visit_listeners:
             listener(user_id, session_id)
-
-    def visited(self, user_id: int, session_id: int) -> None:
-        """So it did on another worker."""
-        self._note_gone(user_id, session_id)
 
     def _gone_lately(self, user_id: int) -> dict[int, float]:
         since = self._clock.monotonic() - self._lately_seconds
         return {session_id: at for session_id, at in self._gone.get(user_id, {}).items() if at > since}
 
-    def _note_gone(self, user_id: int, session_id: int) -> None:
+    def note_gone(self, user_id: int, session_id: int) -> None:
+        """A session has no socket, but had one lately, here or on another worker."""
         now, of_user = self._clock.monotonic(), self._gone_lately(user_id)
         self._gone.pop(user_id, None)
         self._gone[user_id] = {**of_user, session_id: now}
@@ -102,7 +99,7 @@ class Online:
 
     def _on_sockets(self, user_id: int, gone: int | None) -> None:
         if gone is not None:
-            self._note_gone(user_id, gone)
+            self.note_gone(user_id, gone)
         online = self._connections.is_online(user_id)
         if online != (user_id in self._here):
             (self._here.add if online else self._here.discard)(user_id)
@@ -117,7 +114,7 @@ class Online:
         for user_id, sessions in users:
             before = self.is_online(user_id)
             for session_id in known.get(user_id, frozenset()) - sessions:
-                self._note_gone(user_id, session_id)
+                self.note_gone(user_id, session_id)
             if sessions:
                 known[user_id] = sessions
             else:

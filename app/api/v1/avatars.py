@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, Path, Query, Request
 from starlette.responses import Response
 
-from app.api.deps import CallerDep, ServicesDep
+from app.api.deps import CallerDep, ServicesDep, UowDep
 from app.api.multipart import UPLOAD_BODY, UPLOAD_CODES, receive_file
 from app.api.problems import problems
 from app.api.v1.chats import ChatId
@@ -80,12 +80,11 @@ async def upload_my_avatar(request: Request, services: ServicesDep, caller: Call
 
 
 @router.delete("/users/me/avatar", summary="Delete my avatar")
-async def delete_my_avatar(services: ServicesDep, caller: CallerDep) -> Me:
+async def delete_my_avatar(services: ServicesDep, caller: CallerDep, uow: UowDep) -> Me:
     """Have no picture."""
-    async with services.unit_of_work.of(caller.user_id) as uow:
-        me, before = await services.users.set_avatar(uow, caller.user_id, None)
-        await services.avatars.replace(uow, before, None)
-        return me
+    me, before = await services.users.set_avatar(uow, caller.user_id, None)
+    await services.avatars.replace(uow, before, None)
+    return me
 
 
 @router.post(
@@ -109,9 +108,8 @@ async def upload_chat_avatar(request: Request, services: ServicesDep, caller: Ca
 @router.delete(
     "/chats/{chat_id:int}/avatar", summary="Delete a group's avatar", responses=problems("not_allowed", "not_a_group")
 )
-async def delete_chat_avatar(services: ServicesDep, caller: CallerDep, chat_id: ChatId) -> Chat:
+async def delete_chat_avatar(services: ServicesDep, caller: CallerDep, uow: UowDep, chat_id: ChatId) -> Chat:
     """Have no picture of a group; its admins only."""
-    async with services.unit_of_work.of(caller.user_id) as uow:
-        chat, before = await services.chats.set_avatar(uow, caller.user_id, chat_id, None)
-        await services.avatars.replace(uow, before, None)
-        return chat
+    chat, before = await services.chats.set_avatar(uow, caller.user_id, chat_id, None)
+    await services.avatars.replace(uow, before, None)
+    return chat
