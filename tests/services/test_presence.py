@@ -19,11 +19,14 @@ from app.db.repositories import users as users_repository
 from app.main import create_app
 from app.services import presence_service
 from app.services.admission import Admission
+from app.services.bus import Bus, redis_client
+from app.services.cluster import Cluster
 from app.services.connection_manager import CloseCode, Connection, ConnectionManager
 from app.services.container import Services
 from app.services.online import Online
 from tests.conftest import StartServer
 from tests.support.clock import ManualClock
+from tests.support.locks import held
 from tests.support.no_network import Wire
 from tests.support.people import Person, people
 from tests.support.statements import statements
@@ -82,6 +85,49 @@ async def test_sessions_that_lost_their_socket_here_or_elsewhere_are_remembered_
     clock.advance(30)
     assert online.recent_sessions(ann) == {11}
     assert online.recent_sessions(bo) == set()
+
+
+async def test_who_was_there_without_a_socket_is_told_to_the_worker_that_pushes(
+    settings: Settings, database: Database
+) -> None:
+    clock = ManualClock()
+
+    def worker() -> tuple[Cluster, Online, Bus]:
+        """One that has not started: what it has to say stays in the outbox."""
+        connections = ConnectionManager(
+            settings=settings, clock=clock, database=database, admission=Admission(settings, clock, readers=10)
+        )
+        online, bus = Online(connections, clock, lately_seconds=45), Bus(redis_client("redis://127.0.0.1:1/0"), clock)
+        return Cluster(clock=clock, connections=connections, online=online, bus=bus), online, bus
+
+    (here, online, bus), (pusher, online_there, _) = worker(), worker()
+    online.visit(1, 10)  # nobody pushes yet, and nobody has to know
+    assert (online.recent_sessions(1), bus._outboxes) == ({10}, {})
+    here._pusher = pusher.worker_id
+    online.visit(1, 10)
+    [item] = bus._outboxes[pusher.worker_id]
+    pusher._on_item(here.worker_id, item)
+    assert online_there.recent_sessions(1) == {10}
+
+
+async def test_who_is_stored_does_not_stay_locked_while_another_is_waited_for(
+    client: httpx.AsyncClient, services: Services, clock: ManualClock
+) -> None:
+    if not services.settings.uses_mysql:
+        pytest.skip("SQLite has one lock for all")
+    ann, bo, cy = await people(client, 3)
+    at = stamp(clock)
+    for person in (ann, cy):
+        services.connections.remove(connect(services, person.id))
+    clock.advance(1)
+    services.connections.remove(connect(services, bo.id))
+    # Whoever locks users does so in the order of their ids, and would wait for cy with bo in hand.
+    with held(services.settings, f"users WHERE id = {bo.id}"):
+        storing = asyncio.create_task(services.presence.store())
+        async with asyncio.timeout(20):
+            while await last_seen(services.database, ann, cy) != [at, at]:  # noqa: ASYNC110 - nothing tells of it
+                await asyncio.sleep(0.02)
+    await storing
 
 
 async def test_a_block_during_a_subscription_keeps_the_two_from_seeing_each_other(

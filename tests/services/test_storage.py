@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from moto.server import ThreadedMotoServer
 from app.core.config import Settings
 from app.core.errors import StartupError, Unavailable
 from app.main import create_app
+from app.services import file_service
 from app.services.storage import LocalStorage, S3Storage, Storage, clear_incoming, new_key, open_storage
 from tests.support.databases import make_settings
 from tests.support.images import image
@@ -229,3 +230,12 @@ def test_a_large_file_passes_to_a_bucket_in_little_memory(s3_url: str, tmp_path:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < 25 * MB
+
+
+@pytest.mark.parametrize("look", [file_service._detect, lambda path: file_service._measure(path, path)])
+def test_what_came_in_and_cannot_be_read_again_is_no_fault_of_the_file(
+    look: Callable[[Path], object], tmp_path: Path
+) -> None:
+    with pytest.raises(Unavailable) as refused:
+        look(tmp_path)  # a folder: opening it fails as a disk does
+    assert refused.value.code == "storage_unavailable"
