@@ -17,7 +17,7 @@ import random
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +25,7 @@ from typing import Any, Literal, TypeVar
 from uuid import uuid4
 
 import orjson
+import pymysql
 import uvloop
 
 from bench import ledger as books
@@ -712,7 +713,7 @@ async def run_setup(task: Task) -> Result:
     return Result()
 
 
-SCENARIOS: dict[str, Callable[[Task], Coroutine[Any, Any, Result]]] = {
+SCENARIOS: Mapping[str, Callable[[Task], Coroutine[Any, Any, Result]]] = {
     "setup": run_setup,
     "pairs": run_pairs,
     "group": run_group,
@@ -733,16 +734,16 @@ def no_garbage_collection() -> Iterator[None]:
         gc.enable()
 
 
-def main() -> int:
-    """Run the task of a file and print the result."""
+def main(scenarios: Mapping[str, Callable[[Task], Coroutine[Any, Any, Result]]]) -> int:
+    """Run the task of a file, one of these, and print the result."""
     task = Task(**orjson.loads(Path(sys.argv[1]).read_bytes()))
     try:
-        result = uvloop.run(SCENARIOS[task.what](task))
-    except (world.SetupFailed, Refused, OSError, TimeoutError) as error:
+        result = uvloop.run(scenarios[task.what](task))
+    except (world.SetupFailed, Refused, OSError, TimeoutError, pymysql.MySQLError) as error:
         result = Result(problems=[f"{type(error).__name__}: {error}"])
     sys.stdout.buffer.write(orjson.dumps(result))
     return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(main(SCENARIOS))

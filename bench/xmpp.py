@@ -9,19 +9,15 @@ from __future__ import annotations
 import asyncio
 import base64
 import re
-import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
-import orjson
 import pymysql
-import uvloop
 
 from bench import world
-from bench.client import CONNECTS_AT_ONCE, Result, Run, Task, no_garbage_collection, percentiles
+from bench.client import CONNECTS_AT_ONCE, Result, Run, Task, main, no_garbage_collection, percentiles
 from bench.ejabberd import PASSWORD
 from bench.websocket import Refused
 
@@ -261,23 +257,5 @@ def check_archive(run: XmppRun, rows: int, expected: int) -> None:
         run.problem(f"the archive has {rows} rows more, of {expected}")
 
 
-SCENARIOS: dict[str, Callable[[Task], Coroutine[Any, Any, Result]]] = {
-    "setup": run_setup,
-    "pairs": run_pairs,
-    "group": run_group,
-}
-
-
-def main() -> int:
-    """Run the task of a file and print the result."""
-    task = Task(**orjson.loads(Path(sys.argv[1]).read_bytes()))
-    try:
-        result = uvloop.run(SCENARIOS[task.what](task))
-    except (Refused, OSError, TimeoutError, pymysql.MySQLError) as error:
-        result = Result(problems=[f"{type(error).__name__}: {error}"])
-    sys.stdout.buffer.write(orjson.dumps(result))
-    return 0
-
-
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(main({"setup": run_setup, "pairs": run_pairs, "group": run_group}))
